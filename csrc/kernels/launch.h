@@ -1,0 +1,84 @@
+// The fused operations, declared once per device: raw pointers, 64-bit sizes, an opaque stream.
+#pragma once
+
+#include <cstdint>
+
+#include "control.h"
+
+namespace flashode {
+
+// Slopes that one operation may take: dopri8 has 14 stages, its dense output adds more.
+constexpr int kMaxTerms = 20;
+
+struct Terms {
+  int count = 0;
+  const void* k[kMaxTerms];
+};
+
+// rtol and atol of every element, or one entry per element in the wide dtype where given.
+struct Tolerance {
+  double rtol = 0, atol = 0;
+  const void* each_rtol = nullptr;
+  const void* each_atol = nullptr;
+};
+
+// Members of a tuple state: member m is [offsets[m], offsets[m + 1]) of the flat state.
+struct Members {
+  int64_t count = 1;
+  const int64_t* offsets = nullptr;  // in the memory of the device that runs the kernel
+};
+
+namespace cpu {
+
+// out[row] = y0 + sum_j coef[row][j] k_j for every row. Returns whether all of out is finite.
+bool combine(Dtype, int64_t n, const void* y0, const Terms&, const double* coef, int64_t rows,
+             void* out, int threads);
+
+// out = scaled_error of sum_j coef_j k_j, in the wide dtype.
+void scaled_error(Dtype, int64_t n, const void* y0, const void* y1, const Terms&,
+                  const double* coef, const Tolerance&, void* out, int threads);
+
+// Largest over the members of the root mean square of the scaled error. The sums are taken in
+// fixed chunks, so that the result does not depend on the number of threads.
+double error_norm(Dtype, const void* y0, const void* y1, const Terms&, const double* coef,
+                  const Tolerance&, const Members&, int threads);
+
+}  // namespace cpu
+
+// The same on the current device, queued on `stream`; each returns a cudaError_t. Defined where the
+// build found nvcc (FLASHODE_WITH_CUDA).
+namespace cuda {
+
+struct Clock {  // where to write the time that func is to see with the combined state
+  void* t = nullptr;
+  double value = 0;
+};
+
+int combine(Dtype, int64_t n, const void* y0, const Terms&, const double* coef, int64_t rows,
+            void* out, Clock, void* stream);
+
+int scaled_error(Dtype, int64_t n, const void* y0, const void* y1, const Terms&,
+                 const double* coef, const Tolerance&, void* out, void* stream);
+
+// Scratch for error_norm: `partials` doubles on the device and a zeroed counter.
+int64_t norm_scratch_bytes(int64_t longest_member, int64_t members);
+
+// Writes the norm to *norm; with `decision`, also what control makes of it. Both may lie in
+// pinned host memory. The scratch must be zero before the first call and is left so.
+int error_norm(Dtype, int64_t longest_member, const void* y0, const void* y1, const Terms&,
+               const double* coef, const Tolerance&, const Members&, void* scratch, double* norm,
+               Decision* decision, double dt, const Controller&, void* stream);
+
+// Pinned host memory for one Decision, one cell per thread of the process.
+int host_cell(Decision** cell);
+
+int use_device(int index);
+int wait(void* stream);
+int device_count(int* count);
+int runtime_version();
+int driver_version();
+const char* error_text(int error);
+
+}  // namespace cuda
+
+}  // namespace flashode

@@ -1,0 +1,62 @@
+// The Python module flashode._C.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../kernels/launch.h"
+#include "driver.h"
+
+namespace py = pybind11;
+using flashode::Interpolant;
+using flashode::Table;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "g++ " __VERSION__;
+#else
+constexpr const char* kCompiler = "unknown";
+#endif
+
+py::dict build_config() {
+  using namespace py::literals;
+  py::dict config("torch"_a = FLASHODE_TORCH_VERSION, "compiler"_a = kCompiler, "cuda"_a = false,
+                  "cuda_architectures"_a = "", "cuda_runtime"_a = 0, "cuda_driver"_a = 0,
+                  "cuda_devices"_a = 0, "cuda_error"_a = "");
+#ifdef FLASHODE_WITH_CUDA
+  int count = 0;
+  const int error = flashode::cuda::device_count(&count);
+  config["cuda"] = true;
+  config["cuda_architectures"] = FLASHODE_CUDA_ARCHITECTURES;
+  config["cuda_runtime"] = flashode::cuda::runtime_version();
+  config["cuda_driver"] = flashode::cuda::driver_version();
+  config["cuda_devices"] = error == 0 ? count : 0;
+  config["cuda_error"] = error == 0 ? "" : flashode::cuda::error_text(error);
+#endif
+  return config;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of flashode";
+  m.attr("torch_version") = FLASHODE_TORCH_VERSION;
+  m.attr("max_terms") = flashode::kMaxTerms;
+#ifdef FLASHODE_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+  m.def("build_config", &build_config);
+  py::class_<Table>(m, "Table")
+      .def(py::init<const std::vector<double>&, const std::vector<std::vector<double>>&,
+                    const std::vector<double>&, const std::vector<double>&, bool>(),
+           py::arg("c"), py::arg("a"), py::arg("b"), py::arg("b_err"), py::arg("fsal"));
+  py::class_<Interpolant>(m, "Interpolant")
+      .def(py::init<const std::vector<std::vector<double>>&, const std::vector<double>&,
+                    const std::vector<std::vector<double>>&>(),
+           py::arg("weights"), py::arg("extra_c"), py::arg("extra_a"));
+  m.def("solve", &flashode::solve, py::arg("problem"), py::arg("table"), py::arg("interpolant"));
+}

@@ -1,0 +1,613 @@
+// The native engine: a solve as a C++ loop over an opaque Python field.
+//
+// The twin of python/flashode/engines/reference.py: the same functions in the same order. What is
+// added here is speed: no copy, no allocation and no Python object that a call of the field does
+// not need. Two promises shape the code. Tensors handed to the field belong to the user: one is
+// written again only when its reference counts prove that nobody kept it. And what the field
+// returns may be a buffer that it reuses: it is copied, unless its counts prove it is ours alone.
+
+#include "driver.h"
+
+#include <ATen/DeviceGuard.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/tensor.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include "../kernels/clock.h"
+#include "native.h"
+#include "shown.h"
+
+namespace flashode {
+
+Row::Row(const std::vector<double>& entries) {
+  for (size_t j = 0; j < entries.size(); ++j) {
+    if (entries[j] == 0) continue;
+    stage.push_back(int(j));
+    weight.push_back(entries[j]);
+  }
+}
+
+Table::Table(const std::vector<double>& c, const std::vector<std::vector<double>>& a,
+             const std::vector<double>& b, const std::vector<double>& b_err, bool fsal)
+    : c(c), a(a.begin(), a.end()), b(b), b_err(b_err), fsal(fsal) {}
+
+Interpolant::Interpolant(const std::vector<std::vector<double>>& all,
+                         const std::vector<double>& extra_c,
+                         const std::vector<std::vector<double>>& extra_a)
+    : extra_c(extra_c), extra_a(extra_a.begin(), extra_a.end()) {
+  for (size_t j = 0; j < all.size(); ++j) {
+    if (std::all_of(all[j].begin(), all[j].end(), [](double w) { return w == 0; })) continue;
+    stage.push_back(int(j));
+    weights.push_back(all[j]);
+  }
+}
+
+namespace {
+
+template <class Stream>
+void* handle_of(const Stream& stream, c10::Device device) {
+  if constexpr (requires { stream.native_handle(); }) {
+    return stream.native_handle();
+  } else {  // torch before Stream::native_handle
+    const py::gil_scoped_acquire gil;
+    const py::object handle = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")(
+        int(device.index()));
+    return reinterpret_cast<void*>(handle.cast<uintptr_t>());
+  }
+}
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr int64_t kReleaseGil = 1 << 16;  // elements from which other threads get to run
+
+// Numbers of flashode.errors.Status.
+enum Status { kSuccess, kMaxSteps, kStepUnderflow, kNonfiniteField, kNonfiniteState };
+enum Landing { kFree, kStop, kJump, kEnd };  // what the end of a step lands on
+
+// No further step is possible.
+struct StepFailure {
+  Status status;
+};
+
+// An accepted step. shift0 and shift1 are zeros that carry the gradients of t0 and t1, if any.
+struct Step {
+  double t0, t1;
+  at::Tensor y0, y1, shift0, shift1;
+};
+
+// The state of one solve.
+class Run {
+ public:
+  Run(py::handle problem, const Table& table, const Interpolant& dense);
+  py::dict solve();
+
+ private:
+  py::dict outcome(Status status);
+  at::Tensor call(double t, Shown& y, const at::Tensor& shift, int nudge, bool time_is_set = false);
+  at::Tensor call_at_state(const at::Tensor& shift, int nudge);
+  TimeTarget stage_time(double t, int nudge);
+  at::Tensor slope(py::object value);
+  at::Tensor copied(const at::Tensor& value);
+  Terms terms_of(const std::vector<int>& stages) const;
+  bool records(const at::Tensor& y0, const std::vector<int>& stages) const;
+  bool combine(Shown& target, const at::Tensor& y0, const Row& row, double signed_dt,
+               const TimeTarget& time = {});
+  Decision error_norm(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
+                      const double* coef, double dt);
+  double first_step();
+  bool rk_step(double t1, const at::Tensor& shift1);
+  std::pair<double, Landing> landing(double t1);
+  Step adaptive_step();
+  Step fixed_step(double t1, const at::Tensor& shift1);
+  Step accepted(double t1, const at::Tensor& shift1);
+  void report(const py::object& callback, double dt);
+  void interpolate(const Step& step, int64_t begin, int64_t end);
+  void emit(const Step& step);
+
+  // The problem, read once.
+  const py::object p_, func_, split_;
+  const Table& table_;
+  const Interpolant& dense_;
+  const at::Tensor y_begin_;
+  const c10::OptionalDeviceGuard device_;
+  const bool adaptive_, grad_mode_, with_time_gradient_, overshoot_, perturb_, has_norm_;
+  const double direction_;
+  const int64_t max_num_steps_;
+  const std::vector<double> times_;
+  const std::vector<std::pair<double, bool>> stops_;
+  const std::pair<double, double> time_bounds_;
+  const py::object on_step_, on_accept_, on_reject_;
+  Controller control_;
+  Tolerances tol_;
+  std::vector<double> grid_;
+  at::Tensor shifts_, grid_shifts_;  // zeros with the gradients of the output times and the grid
+
+  // Memory.
+  Norm norm_;
+  Shown time_, stage_, current_, candidate_;
+  std::vector<at::Tensor> copies_;  // our own tensors for slopes that had to be copied
+  at::Tensor ys_;
+  std::vector<std::pair<int64_t, at::Tensor>> recorded_;  // outputs with gradients, by first row
+
+  // Where the solve stands.
+  std::vector<at::Tensor> k_;  // slopes of the last trial step
+  at::Tensor f0_, shift0_, stretch_;
+  double t0_, dt_ = kNaN, error_ratio_ = kNaN;
+  bool field_writes_ = false;  // into the state it is shown
+  size_t next_stop_ = 0;
+  int64_t filled_ = 1, nfe_ = 0, accepted_ = 0, rejected_ = 0, trials_ = 0;
+  std::vector<double> accepted_times_;
+};
+
+Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
+    : p_(py::reinterpret_borrow<py::object>(problem)),
+      func_(p_.attr("func")),
+      split_(p_.attr("shapes").is_none() ? py::object(py::none()) : p_.attr("unflatten")),
+      table_(table),
+      dense_(dense),
+      y_begin_(unpack(p_.attr("y0")).contiguous()),
+      device_(y_begin_.device()),
+      adaptive_(p_.attr("adaptive").cast<bool>()),
+      grad_mode_(at::GradMode::is_enabled()),
+      with_time_gradient_(p_.attr("differentiates_time").cast<bool>()),
+      overshoot_(p_.attr("overshoot").cast<bool>()),
+      perturb_(p_.attr("perturb").cast<bool>()),
+      has_norm_(!p_.attr("norm").is_none()),
+      direction_(p_.attr("direction").cast<double>()),
+      max_num_steps_(p_.attr("max_num_steps").cast<int64_t>()),
+      times_(p_.attr("times").cast<std::vector<double>>()),
+      stops_(p_.attr("stops").cast<std::vector<std::pair<double, bool>>>()),
+      time_bounds_(p_.attr("time_bounds").cast<std::pair<double, double>>()),
+      on_step_(p_.attr("callbacks")[py::int_(0)]),
+      on_accept_(p_.attr("callbacks")[py::int_(1)]),
+      on_reject_(p_.attr("callbacks")[py::int_(2)]),
+      norm_(y_begin_, p_.attr("offsets").cast<std::vector<int64_t>>()),
+      t0_(times_[0]) {
+  const py::object control = p_.attr("control");
+  control_ = {control.attr("order").cast<int>(),       control.attr("safety").cast<double>(),
+              control.attr("ifactor").cast<double>(),  control.attr("dfactor").cast<double>(),
+              control.attr("min_step").cast<double>(), control.attr("max_step").cast<double>()};
+  const auto read = [&](const char* name, double& number, at::Tensor& each) {
+    const py::object value = p_.attr(name);
+    if (THPVariable_Check(value.ptr())) {
+      each = unpack(value).contiguous();
+    } else {
+      number = value.cast<double>();
+    }
+  };
+  read("rtol", tol_.rtol, tol_.each_rtol);
+  read("atol", tol_.atol, tol_.each_atol);
+  if (!adaptive_) {
+    const at::Tensor grid = unpack(p_.attr("grid")), values = grid.detach().contiguous();
+    grid_.assign(values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel());
+    if (with_time_gradient_) grid_shifts_ = grid.sub(values);
+  }
+  if (with_time_gradient_) {
+    // x - x.detach() is zero and has the gradient of x.
+    const at::Tensor t = unpack(p_.attr("t")).to(at::kCPU, at::kDouble);
+    shifts_ = t.sub(t.detach()).mul(direction_);
+    shift0_ = (adaptive_ ? shifts_ : grid_shifts_).select(0, 0);
+  }
+
+  std::vector<int64_t> shape = y_begin_.sizes().vec();
+  shape.insert(shape.begin(), int64_t(times_.size()));
+  ys_ = at::empty(shape, y_begin_.options());
+  ys_.select(0, 0).copy_(y_begin_.detach());
+  if (records(y_begin_, {})) {
+    recorded_.emplace_back(0, y_begin_.unsqueeze(0));
+    current_.adopt(y_begin_.clone(), split_);
+  } else {
+    current_.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+    current_.flat.copy_(y_begin_.detach());
+  }
+}
+
+py::dict Run::outcome(Status status) {
+  if (filled_ < ys_.size(0)) ys_.narrow(0, filled_, ys_.size(0) - filled_).fill_(kNaN);
+  at::Tensor ys = ys_;
+  if (!recorded_.empty()) {
+    std::vector<at::Tensor> pieces;
+    int64_t row = 0;
+    const auto fill_to = [&](int64_t end) {
+      if (end > row) pieces.push_back(ys_.narrow(0, row, end - row));
+    };
+    for (const auto& [begin, rows] : recorded_) {
+      fill_to(begin);
+      pieces.push_back(rows);
+      row = begin + rows.size(0);
+    }
+    fill_to(ys_.size(0));
+    ys = at::cat(pieces);
+  }
+  py::list k;
+  for (const at::Tensor& k_j : k_) k.append(wrap(k_j));
+  using namespace py::literals;
+  return py::dict("status"_a = int(status), "ys"_a = wrap(ys), "nfe"_a = nfe_,
+                  "accepted"_a = accepted_, "rejected"_a = rejected_,
+                  "accepted_times"_a = accepted_times_, "t"_a = t0_, "dt"_a = dt_,
+                  "error_ratio"_a = error_ratio_, "k"_a = k,
+                  "y1"_a = wrap((candidate_.flat.defined() ? candidate_ : current_).flat));
+}
+
+// func(t, y) at a forward time; `nudge` -1 and +1 take the last time before and the first after t.
+// `time_is_set` when the kernel that made y has written the time as well.
+at::Tensor Run::call(double t, Shown& y, const at::Tensor& shift, int nudge, bool time_is_set) {
+  ++nfe_;
+  if (!time_is_set) {
+    const TimeTarget time = stage_time(t, nudge);
+    if (time.t.defined()) time.t.fill_(time.value);
+  }
+  py::object shifted;
+  if (shift.defined()) {
+    shifted = wrap(time_.flat.add(shift.mul(direction_).to(time_.flat.options())));
+  }
+  PyObject* arguments[] = {nullptr, (shifted ? shifted : time_.argument).ptr(), y.argument.ptr()};
+  PyObject* value =
+      PyObject_Vectorcall(func_.ptr(), arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  if (value == nullptr) throw py::error_already_set();
+  return slope(py::reinterpret_steal<py::object>(value));
+}
+
+// func at the current state. A field that writes into its argument must not change the state.
+at::Tensor Run::call_at_state(const at::Tensor& shift, int nudge) {
+  if (field_writes_) {
+    stage_.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+    stage_.flat.copy_(current_.flat.detach());
+    return call(t0_, stage_, shift, nudge);
+  }
+  const int64_t version = current_.version();
+  const at::Tensor k = call(t0_, current_, shift, nudge);
+  if (current_.version() == version) return k;
+  field_writes_ = true;
+  if (nfe_ > 1) {
+    throw py::value_error(
+        "func changed its argument y in place after it had left it alone before; "
+        "return a new Tensor, or write to y.clone()");
+  }
+  const bool recorded = !recorded_.empty();
+  if (recorded) {
+    current_.adopt(y_begin_.clone(), split_);
+  } else {
+    current_.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+    current_.flat.copy_(y_begin_);
+  }
+  return k;
+}
+
+// The time that func sees: rounded once, kept inside the interval. Written here on a CPU; on a GPU
+// the kernel that makes the state writes it, so that it costs no launch of its own.
+TimeTarget Run::stage_time(double t, int nudge) {
+  const double rounded = round_time(t, nudge, dtype_of(y_begin_));
+  const double value = direction_ * std::clamp(rounded, time_bounds_.first, time_bounds_.second);
+  time_.make_writable({}, y_begin_.options(), py::none());
+  if (!time_.flat.is_cpu()) return {time_.flat, value};
+  write_time(time_.flat.mutable_data_ptr(), value, dtype_of(y_begin_));
+  return {};
+}
+
+// What func returned, as a contiguous tensor in the layout of the state that nothing else writes.
+// Anything unusual goes through Problem.slope, which casts it or raises.
+at::Tensor Run::slope(py::object value) {
+  if (split_.is_none() && THPVariable_CheckExact(value.ptr())) {
+    const at::Tensor& k = THPVariable_Unpack(value.ptr());
+    if (k.scalar_type() == y_begin_.scalar_type() && k.device() == y_begin_.device() &&
+        k.layout() == at::kStrided && k.sizes() == y_begin_.sizes() && !k.is_conj() &&
+        !k.is_neg()) {
+      if (!k.is_contiguous()) return k.contiguous();
+      return counts_of(value.ptr()) == sole_owner() ? k : copied(k);
+    }
+  }
+  return copied(unpack(p_.attr("slope")(value)));
+}
+
+at::Tensor Run::copied(const at::Tensor& value) {
+  if (value.requires_grad()) return value.clone();
+  auto free = std::find_if(copies_.begin(), copies_.end(),
+                           [](const at::Tensor& copy) { return copy.use_count() == 1; });
+  if (free == copies_.end()) {
+    copies_.push_back(at::empty(y_begin_.sizes(), y_begin_.options()));
+    free = copies_.end() - 1;
+  }
+  return free->copy_(value);
+}
+
+Terms Run::terms_of(const std::vector<int>& stages) const {
+  Terms terms;
+  for (const int j : stages) terms.k[terms.count++] = k_[j].const_data_ptr();
+  return terms;
+}
+
+// Whether y0 + sum_j coef_j k_j over these stages has a gradient to carry.
+bool Run::records(const at::Tensor& y0, const std::vector<int>& stages) const {
+  return grad_mode_ && (y0.requires_grad() || stretch_.defined() ||
+                        std::any_of(stages.begin(), stages.end(),
+                                    [&](int j) { return k_[j].requires_grad(); }));
+}
+
+// target = y0 + signed_dt * sum_j row_j k_j. Returns whether it is finite, where that is free.
+bool Run::combine(Shown& target, const at::Tensor& y0, const Row& row, double signed_dt,
+                  const TimeTarget& time) {
+  double coef[kMaxTerms];
+  for (size_t j = 0; j < row.weight.size(); ++j) coef[j] = row.weight[j] * signed_dt;
+  if (records(y0, row.stage)) {
+    at::Tensor coefficients = at::tensor(at::ArrayRef<double>(coef, row.weight.size()));
+    if (stretch_.defined()) {
+      coefficients = coefficients.add(
+          at::tensor(at::ArrayRef<double>(row.weight)).mul(stretch_).mul(direction_));
+    }
+    std::vector<at::Tensor> k;
+    for (const int j : row.stage) k.push_back(k_[j]);
+    target.adopt(combine_op(y0, k, coefficients), split_);
+    if (time.t.defined()) time.t.fill_(time.value);
+    return !y0.is_cpu() || adaptive_ || at::isfinite(target.flat).all().item<bool>();
+  }
+  target.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+  std::optional<py::gil_scoped_release> release;
+  if (y0.numel() >= kReleaseGil) release.emplace();
+  return run_combine(y0, terms_of(row.stage), coef, 1, target.flat, time);
+}
+
+Decision Run::error_norm(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
+                         const double* coef, double dt) {
+  if (has_norm_) {
+    const at::Tensor scaled = run_scaled_error(y0, y1, k, coef, tol_);
+    return decide(p_.attr("norm_value")(wrap(scaled)).cast<double>(), dt, control_);
+  }
+  std::optional<py::gil_scoped_release> release;
+  if (y0.numel() >= kReleaseGil) release.emplace();
+  return norm_.decide(y0, y1, k, coef, tol_, dt, control_);
+}
+
+// Hairer I, II.4: an Euler step of moderate length shows how fast the field changes.
+double Run::first_step() {
+  const py::object given = p_.attr("first_step");
+  if (!given.is_none()) return given.cast<double>();
+  const at::Tensor y0 = current_.flat.detach();
+  Terms of_y, of_f, of_both;
+  of_y = {1, {y0.const_data_ptr()}};
+  of_f = {1, {f0_.const_data_ptr()}};
+  const double one = 1;
+  const double d0 = error_norm(y0, y0, of_y, &one, 1).error_ratio;
+  const double d1 = error_norm(y0, y0, of_f, &one, 1).error_ratio;
+  if (!is_finite(d1)) {
+    k_ = {f0_};
+    error_ratio_ = d1;
+    throw StepFailure{kNonfiniteField};
+  }
+  double h0 = first_guess(d0, d1);
+  if (!overshoot_) h0 = std::min(h0, times_.back() - t0_);
+  const double signed_h0 = direction_ * h0;
+  stage_.make_writable(y0.sizes(), y0.options(), split_);
+  const TimeTarget time = stage_time(t0_ + h0, 0);
+  run_combine(y0, of_f, &signed_h0, 1, stage_.flat, time);
+  const at::Tensor f1 = call(t0_ + h0, stage_, {}, 0, true);
+  of_both = {2, {f1.const_data_ptr(), f0_.const_data_ptr()}};
+  const double difference[] = {1, -1};
+  const double d2 = error_norm(y0, y0, of_both, difference, 1).error_ratio / h0;
+  return initial_step(h0, d1, d2, control_.order);
+}
+
+// All stages from (t0, y0) to t1, and the candidate y1. Returns whether y1 is finite, on a CPU.
+bool Run::rk_step(double t1, const at::Tensor& shift1) {
+  const double dt = t1 - t0_, signed_dt = direction_ * dt;
+  const int stages = int(table_.c.size());
+  if (shift1.defined()) stretch_ = shift1.sub(shift0_);
+  k_.assign(1, f0_);
+  bool finite = true;
+  for (int i = 1; i < stages; ++i) {
+    const double c_i = table_.c[i];
+    const bool at_end = c_i == 1, is_result = table_.fsal && i == stages - 1;
+    const double t_i = at_end ? t1 : t0_ + c_i * dt;
+    at::Tensor shift_i;
+    if (shift1.defined()) shift_i = shift0_.add(stretch_.mul(c_i));
+    // parity: a stage at the end of the step sees the time just before it, so that a field that
+    // jumps there is taken from the left.
+    const TimeTarget time = stage_time(t_i, at_end && (adaptive_ || perturb_) ? -1 : 0);
+    Shown& y_i = is_result ? candidate_ : stage_;
+    finite = combine(y_i, current_.flat, table_.a[i], signed_dt, time);
+    const int64_t version = y_i.version();
+    const at::Tensor k_i = call(t_i, y_i, shift_i, 0, true);
+    if (is_result && y_i.version() != version) {
+      field_writes_ = true;
+      combine(y_i, current_.flat, table_.a[i], signed_dt);
+    }
+    k_.push_back(k_i);
+  }
+  return table_.fsal ? finite : combine(candidate_, current_.flat, table_.b, signed_dt);
+}
+
+// The end of the next step, moved back to the first stop that it would reach or pass.
+std::pair<double, Landing> Run::landing(double t1) {
+  double stop = INFINITY;
+  Landing kind = kFree;
+  while (next_stop_ < stops_.size() && stops_[next_stop_].first <= t0_) ++next_stop_;
+  if (next_stop_ < stops_.size()) {
+    stop = stops_[next_stop_].first;
+    kind = stops_[next_stop_].second ? kJump : kStop;
+  }
+  if (!overshoot_ && times_.back() <= stop) {
+    stop = times_.back();
+    kind = kEnd;
+  }
+  return t1 >= stop ? std::pair{stop, kind} : std::pair{t1, kFree};
+}
+
+// Tries steps until one is accepted.
+Step Run::adaptive_step() {
+  while (true) {
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (trials_ >= max_num_steps_) throw StepFailure{kMaxSteps};
+    ++trials_;
+    dt_ = clamp_step(dt_, control_);
+    const auto [t1, kind] = landing(t0_ + dt_);
+    if (!(t1 > t0_)) throw StepFailure{kStepUnderflow};
+    const double dt = dt_ = t1 - t0_;
+    report(on_step_, dt);
+    at::Tensor shift1 = shift0_;
+    if (shift1.defined() && kind != kFree) {
+      shift1 = kind == kEnd ? shifts_.select(0, -1) : shift1.detach();
+    }
+    rk_step(t1, shift1);
+    double coef[kMaxTerms];
+    const Row& row = table_.b_err;
+    for (size_t j = 0; j < row.weight.size(); ++j) coef[j] = direction_ * dt * row.weight[j];
+    const Decision decision =
+        error_norm(current_.flat, candidate_.flat, terms_of(row.stage), coef, dt);
+    error_ratio_ = decision.error_ratio;
+    dt_ = decision.next_dt;
+    if (decision.accepted) {
+      report(on_accept_, dt);
+      const Step step = accepted(t1, shift1);
+      // parity: the last stage is the next step's f0, for every method.
+      f0_ = kind == kJump ? call_at_state(shift0_, 1) : k_.back();
+      return step;
+    }
+    ++rejected_;
+    report(on_reject_, dt);
+    if (!is_finite(error_ratio_) &&
+        (dt <= control_.min_step || !at::isfinite(f0_).all().item<bool>())) {
+      throw StepFailure{kNonfiniteField};
+    }
+  }
+}
+
+// One step of a prescribed length.
+Step Run::fixed_step(double t1, const at::Tensor& shift1) {
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  dt_ = t1 - t0_;
+  report(on_step_, dt_);
+  f0_ = call_at_state(shift0_, perturb_ ? 1 : 0);
+  if (!rk_step(t1, shift1)) throw StepFailure{kNonfiniteField};
+  return accepted(t1, shift1);
+}
+
+// Makes the candidate the state.
+Step Run::accepted(double t1, const at::Tensor& shift1) {
+  const Step step{t0_, t1, current_.flat, candidate_.flat, shift0_, shift1};
+  std::swap(current_, candidate_);
+  t0_ = t1;
+  shift0_ = shift1;
+  ++accepted_;
+  accepted_times_.push_back(t1);
+  return step;
+}
+
+void Run::report(const py::object& callback, double dt) {
+  if (!callback.is_none()) p_.attr("report")(callback, t0_, wrap(current_.flat), dt);
+}
+
+// Rows begin to end of the outputs, all inside the step: one pass over its slopes.
+void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
+  const double dt = step.t1 - step.t0, signed_dt = direction_ * dt;
+  for (size_t i = 0; i < dense_.extra_c.size(); ++i) {
+    const double c_i = dense_.extra_c[i];
+    const double t_i = c_i == 1 ? step.t1 : step.t0 + c_i * dt;
+    at::Tensor shift_i;
+    if (stretch_.defined()) shift_i = step.shift0.add(stretch_.mul(c_i));
+    const TimeTarget time = stage_time(t_i, 0);
+    combine(stage_, step.y0, dense_.extra_a[i], signed_dt, time);
+    k_.push_back(call(t_i, stage_, shift_i, 0, true));
+  }
+  const int64_t rows = end - begin, stages = int64_t(dense_.stage.size());
+  if (records(step.y0, dense_.stage)) {
+    at::Tensor x = at::tensor(at::ArrayRef<double>(times_.data() + begin, size_t(rows)));
+    x = x.sub(step.t0).div(dt);
+    at::Tensor scale = at::tensor(signed_dt, at::kDouble);
+    if (stretch_.defined()) {
+      // The same quotient, with the gradients of the three times in it.
+      x = x.add(shifts_.narrow(0, begin, rows).sub(step.shift0).sub(x.mul(stretch_)).div(dt));
+      scale = scale.add(stretch_.mul(direction_));
+    }
+    const int64_t degree = int64_t(dense_.weights[0].size());
+    const at::Tensor powers = x.unsqueeze(1).pow(at::arange(1, degree + 1, at::kDouble));
+    std::vector<double> flat;
+    std::vector<at::Tensor> k;
+    for (int64_t j = 0; j < stages; ++j) {
+      flat.insert(flat.end(), dense_.weights[j].begin(), dense_.weights[j].end());
+      k.push_back(k_[dense_.stage[j]]);
+    }
+    const at::Tensor weights = at::tensor(at::ArrayRef<double>(flat)).view({stages, degree});
+    recorded_.emplace_back(
+        begin, combine_op(step.y0, k, at::matmul(powers, weights.t()).mul(scale)));
+    return;
+  }
+  std::vector<double> coef(size_t(rows * stages));
+  for (int64_t row = 0; row < rows; ++row) {
+    const double x = (times_[begin + row] - step.t0) / dt;
+    for (int64_t j = 0; j < stages; ++j) {
+      double w = 0;  // Horner
+      for (auto term = dense_.weights[j].rbegin(); term != dense_.weights[j].rend(); ++term) {
+        w = (w + *term) * x;
+      }
+      coef[row * stages + j] = w * signed_dt;
+    }
+  }
+  std::optional<py::gil_scoped_release> release;
+  if (step.y0.numel() >= kReleaseGil) release.emplace();
+  run_combine(step.y0, terms_of(dense_.stage), coef.data(), rows, ys_.narrow(0, begin, rows));
+}
+
+// Every output that lies in the step: its end as computed, others from the interpolant.
+void Run::emit(const Step& step) {
+  const int64_t begin = filled_;
+  const int64_t end = std::upper_bound(times_.begin() + begin, times_.end(), step.t1) - times_.begin();
+  if (end == begin) return;
+  trials_ = 0;
+  bool at_end = times_[end - 1] == step.t1;
+  if (at_end && step.shift0.defined() && adaptive_ && end < int64_t(times_.size())) {
+    at_end = false;  // the value is y1; its gradient in this output time needs the slope there
+  }
+  const int64_t inner = at_end ? end - 1 : end;
+  if (inner > begin) interpolate(step, begin, inner);
+  if (at_end) {
+    if (grad_mode_ && step.y1.requires_grad()) {
+      recorded_.emplace_back(inner, step.y1.unsqueeze(0));
+    } else {
+      ys_.select(0, inner).copy_(step.y1);
+    }
+  }
+  filled_ = end;
+}
+
+py::dict Run::solve() {
+  try {
+    if (times_.size() == 1) return outcome(kSuccess);
+    if (adaptive_) {
+      f0_ = call_at_state(shift0_, 0);
+      dt_ = first_step();
+      while (filled_ < int64_t(times_.size())) emit(adaptive_step());
+    } else {
+      for (size_t i = 1; i < grid_.size(); ++i) {
+        at::Tensor shift1;
+        if (with_time_gradient_) shift1 = grid_shifts_.select(0, int64_t(i));
+        emit(fixed_step(grid_[i], shift1));
+      }
+    }
+    return outcome(kSuccess);
+  } catch (const StepFailure& failure) {
+    return outcome(failure.status);
+  }
+}
+
+}  // namespace
+
+void* current_stream(c10::Device device) {
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return handle_of(guard.getStream(device), device);
+}
+
+py::dict solve(py::handle problem, const Table& table, const Interpolant& dense) {
+  return Run(problem, table, dense).solve();
+}
+
+}  // namespace flashode

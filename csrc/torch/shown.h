@@ -1,0 +1,99 @@
+// Tensors as a Python field sees them, and the proof that it kept none of them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <utility>
+#include <vector>
+
+namespace flashode {
+
+namespace py = pybind11;
+
+inline at::Tensor unpack(py::handle object) { return THPVariable_Unpack(object.ptr()); }
+
+inline py::object wrap(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+// Reference counts of a tensor that has a Python object. Whatever keeps the tensor, a view, its
+// storage, a NumPy array of it, or saves it for a backward pass, raises one of them.
+struct Counts {
+  int64_t object, tensor, storage;
+  bool operator==(const Counts&) const = default;
+};
+
+inline Counts counts_of(PyObject* object) {
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  return {int64_t(Py_REFCNT(object)), int64_t(tensor.use_count()),
+          int64_t(tensor.storage().use_count())};
+}
+
+// The counts of a tensor that is held by its one Python object and by nothing else.
+inline const Counts& sole_owner() {
+  static const Counts counts = [] {
+    const py::object object = wrap(at::empty({1}, at::kFloat));
+    return counts_of(object.ptr());
+  }();
+  return counts;
+}
+
+// A tensor to show: a state, as one tensor or as a tuple of views of one flat tensor, or a time.
+class Shown {
+ public:
+  // Makes the tensor safe to write: ours alone, or a new one. `split` makes the views, or is None.
+  void make_writable(at::IntArrayRef sizes, const at::TensorOptions& options, py::handle split) {
+    if (flat.defined() && unshared()) return;
+    flat = at::empty(sizes, options);
+    show(split);
+    // What holds for a fresh tensor is what "nobody kept it" looks like.
+    fresh_ = counts();
+  }
+
+  // Shows a tensor that autograd made and that is never written again.
+  void adopt(at::Tensor state, py::handle split) {
+    flat = std::move(state);
+    show(split);
+    fresh_.clear();
+  }
+
+  // Rises when the field writes into what it was shown.
+  int64_t version() const { return flat.is_inference() ? 0 : int64_t(flat._version()); }
+
+  at::Tensor flat;
+  py::object argument;
+
+ private:
+  void show(py::handle split) {
+    argument = wrap(flat);
+    if (!split.is_none()) argument = split(argument);
+  }
+
+  bool is_tuple() const { return PyTuple_Check(argument.ptr()); }
+
+  std::vector<Counts> counts() const {
+    if (!is_tuple()) return {counts_of(argument.ptr())};
+    std::vector<Counts> all = {{int64_t(Py_REFCNT(argument.ptr())), 0, 0}};
+    for (const py::handle member : py::reinterpret_borrow<py::tuple>(argument)) {
+      all.push_back(counts_of(member.ptr()));
+    }
+    return all;
+  }
+
+  bool unshared() const {
+    // The field may have asked for gradients of what it was shown; that flag would stay.
+    if (fresh_.empty() || flat.requires_grad()) return false;
+    if (!is_tuple()) return counts_of(argument.ptr()) == fresh_[0];
+    for (const py::handle member : py::reinterpret_borrow<py::tuple>(argument)) {
+      if (THPVariable_Unpack(member.ptr()).requires_grad()) return false;
+    }
+    return counts() == fresh_;
+  }
+
+  std::vector<Counts> fresh_;
+};
+
+}  // namespace flashode

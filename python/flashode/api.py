@@ -1,0 +1,82 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import torch
+
+from .engines import ENGINES, choose
+from .problem import Problem
+from .solution import Solution, finish
+
+
+def odeint(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, engine="auto"):
+    """Integrates ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, and returns ``y`` at every time in ``t``.
+
+    Gradients flow through the solver's own operations (to ``y0``, ``t`` and everything that
+    ``func`` reaches); `odeint_adjoint` trades them for a backward solve.
+
+    Args:
+        func: callable ``func(t, y)``; ``t`` is a 0-d Tensor of y's real dtype on y's device,
+            ``y`` a Tensor shaped like ``y0`` or a tuple of such. Returns the slope, shaped alike.
+        y0: Tensor of any shape, real or complex floating point, or a tuple of Tensors.
+        t: 1-d floating point Tensor, strictly increasing or decreasing.
+        rtol, atol: relative and absolute tolerance per element: number, Tensor that broadcasts to
+            the state, or one per member of a tuple state. Fixed-step methods ignore them.
+        method: name of a method (README, table of methods); default ``"dopri5"``.
+        options: dict for the method (README, table of options).
+        event_fn: callable ``event_fn(t, y)`` returning a Tensor; the solve ends where one of its
+            elements changes sign. ``t`` then holds the initial time and one later time that only
+            gives the direction.
+        engine: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        Tensor of shape (T, *y0.shape), or a tuple of such; row 0 is ``y0``. With ``event_fn``,
+        ``(event_t, ys)`` where ``ys`` has two rows, at the start and at the event.
+
+    Raises:
+        ArgumentError (a ValueError), ArgumentTypeError (a TypeError): an argument, or what
+            ``func`` returned, cannot be used. Both are AssertionErrors too, as in torchdiffeq.
+        SolveError (a RuntimeError and AssertionError): the solve cannot be finished; its
+            ``reason`` is a `Status`.
+
+    Example:
+        >>> y = odeint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
+        >>> round(y[-1].item(), 5)
+        0.36788
+    """
+    solution, event_t = _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, True)
+    return solution.ys if event_fn is None else (event_t, solution.ys)
+
+
+def solve(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, engine="auto", throw=True) -> Solution:
+    """`odeint` with the full result: times, values, status and statistics.
+
+    ``throw=False`` returns a failed solve in place of raising its `SolveError`: ``status`` names
+    the reason and the rows that were not reached are NaN. Arguments as for `odeint`.
+
+    Example:
+        >>> solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0])).status.name
+        'SUCCESS'
+    """
+    return _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, throw)[0]
+
+
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, throw):
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn)
+    name = choose(problem, engine)
+    outcome = ENGINES[name].solve(problem)
+    event_t = None
+    if event_fn is not None:
+        event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
+    return finish(problem, outcome, name, throw), event_t
+
+
+def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None) -> str:
+    """Which engine ``engine="auto"`` takes for a call, and why the others decline; nothing is solved."""
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn)
+    chosen = choose(problem, "auto")
+    lines = [f"{problem.method.name} on the {chosen} engine"]
+    for name, engine in ENGINES.items():
+        reason = engine.supports(problem)
+        lines.append(f"  {name}: " + ("can serve" if reason is None else f"declines: {reason}"))
+    return "\n".join(lines)

@@ -1,0 +1,24 @@
+"""The engines, and the choice between them.
+
+An engine is a module with ``supports(problem) -> reason or None`` and ``solve(problem) -> Outcome``.
+"""
+
+from __future__ import annotations
+
+from ..errors import ArgumentError
+from ..problem import Problem
+from . import native, reference
+
+ENGINES = {"native": native, "reference": reference}
+
+
+def choose(problem: Problem, engine: str):
+    """The engine to use. A named engine that cannot serve raises; only "auto" falls back."""
+    if engine == "auto":
+        return next(name for name, e in ENGINES.items() if e.supports(problem) is None)
+    if engine not in ENGINES:
+        raise ArgumentError(f"engine must be one of {['auto', *ENGINES]}, got {engine!r}")
+    reason = ENGINES[engine].supports(problem)
+    if reason is not None:
+        raise ArgumentError(f"the {engine} engine cannot serve this call: {reason}")
+    return engine

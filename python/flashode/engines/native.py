@@ -1,0 +1,88 @@
+"""The C++ engine: a compiled loop over an opaque ``func``, one fused kernel per operation.
+
+The loop is ``csrc/torch/driver.cpp``, the twin of ``engines/reference.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .. import extension
+from ..interp import Dense
+from ..problem import Problem
+from ..solution import Outcome
+from ..errors import Status
+from ..tableau import Tableau
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this engine cannot serve a problem, or None."""
+    y0 = problem.y0
+    if extension.C is None:
+        return extension.missing
+    if y0.dtype not in _DTYPES:
+        return f"no kernels for {y0.dtype} states"
+    if y0.device.type not in ("cpu", "cuda"):
+        return f"no kernels for {y0.device}"
+    if y0.device.type == "cuda" and not extension.C.with_cuda:
+        return "the extension was compiled without CUDA; rebuild where nvcc is found"
+    if problem.event_fn is not None:
+        return "events are located by the reference engine"
+    if problem.dtypes is not None and len(set(problem.dtypes)) > 1:
+        return "the members of y0 have different dtypes"
+    if type(y0) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        return "y0 is a tensor subclass, or a dispatch mode is active"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transform is active"
+    return None
+
+
+def solve(problem: Problem) -> Outcome:
+    """Integrates through all output times."""
+    tableau, dense = _table(problem.method.tableau), _interpolant(problem.dense)
+    fields = extension.C.solve(problem, tableau, dense)
+    return Outcome(**{**fields, "status": Status(fields["status"])})
+
+
+@functools.cache
+def _numbers_of(dense: Dense):
+    return (
+        [[float(w) for w in w_j] for w_j in dense.weights],
+        [float(c) for c in dense.extra_c],
+        [[float(x) for x in a_i] for a_i in dense.extra_a],
+    )
+
+
+@functools.cache
+def _table(tableau: Tableau):
+    c, a, b, b_err = tableau.numbers
+    return extension.C.Table(c, a, b, b_err, tableau.fsal)
+
+
+@functools.cache
+def _interpolant(dense: Dense):
+    return extension.C.Interpolant(*_numbers_of(dense))
+
+
+def _register_fakes():
+    """Shapes of the registered operations, for torch.compile and fake tensors."""
+
+    @torch.library.register_fake("flashode::combine")
+    def _(y0, k, coef):
+        return y0.new_empty((*coef.shape[:-1], *y0.shape))
+
+    @torch.library.register_fake("flashode::scaled_error")
+    def _(y0, y1, k, coef, rtol, atol):
+        return y0.new_empty(y0.shape, dtype=torch.promote_types(y0.dtype, torch.float32))
+
+    @torch.library.register_fake("flashode::error_norm")
+    def _(y0, y1, k, coef, rtol, atol, offsets):
+        return y0.new_empty((), dtype=torch.float64)
+
+
+if extension.C is not None:
+    _register_fakes()

@@ -1,0 +1,381 @@
+"""The definition of correct: every method in plain PyTorch, for any device and dtype.
+
+``csrc/torch/driver.cpp`` is the twin: the same functions in the same order. Nothing here is
+clever; each line is a formula.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..control import accept, clamp_step, first_guess, initial_step, next_step
+from ..errors import ArgumentError, ArgumentTypeError, Status
+from ..events import bisect_event, combine_events
+from ..interp import weights_at
+from ..problem import MAX_NUM_STEPS, Problem
+from ..solution import Outcome
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this engine cannot serve a problem: there is no such reason."""
+    return None
+
+
+def solve(problem: Problem) -> Outcome:
+    """Integrates through all output times, or until the event."""
+    run = Run(problem)
+    try:
+        if problem.event_fn is not None:
+            return run.solve_until_event()
+        return run.solve()
+    except StepFailure as failure:
+        return run.outcome(failure.status)
+
+
+# ---- arithmetic of one element: csrc/kernels/rk.h ------------------------------------------
+
+
+def wide(x):
+    """16-bit tensors are computed in float32 and rounded once, at the end."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def combine(y0, k, coef):
+    """``y0 + sum_j coef_j k_j``; the sum runs in the order of the stages, then ``y0`` is added."""
+    total = weighted_sum(k, coef)
+    return y0.clone() if total is None else (wide(y0) + total).to(y0.dtype)
+
+
+def weighted_sum(k, coef):
+    total = None
+    for coef_j, k_j in zip(coef, k):
+        if isinstance(coef_j, torch.Tensor) or coef_j != 0:
+            term = coef_j * wide(k_j)
+            total = term if total is None else total + term
+    return total
+
+
+def scaled_error(error, y0, y1, rtol, atol):
+    """``error / (atol + rtol * max(|y0|, |y1|))``; NaN wherever ``y1`` is not finite."""
+    y0, y1 = wide(y0), wide(y1)
+    tolerance = atol + rtol * torch.maximum(y0.abs(), y1.abs())
+    # y1 - y1 is 0 for finite values: an infinite y1 must not pass as a vanishing ratio.
+    return error / tolerance + (y1 - y1)
+
+
+def mean_square_norm(x, offsets):
+    """Largest root mean square over the members of a flat state, summed in float64."""
+    flat = x.reshape(-1).abs().double()
+    members = [flat[begin:end] for begin, end in zip(offsets, offsets[1:]) if end > begin]
+    norms = [m.square().mean().sqrt().item() for m in members]
+    return math.nan if any(math.isnan(n) for n in norms) else max(norms, default=0.0)
+
+
+# ---- one solve -----------------------------------------------------------------------------
+
+
+_FREE, _STOP, _JUMP, _END = range(4)  # what the end of a step lands on
+
+
+class StepFailure(Exception):
+    """No further step is possible."""
+
+    def __init__(self, status: Status):
+        self.status = status
+
+
+@dataclass
+class Step:
+    """An accepted step. ``shift0`` and ``shift1`` are zeros that carry the gradient of ``t0`` and
+    ``t1``, or None."""
+
+    t0: float
+    t1: float
+    y0: torch.Tensor
+    y1: torch.Tensor
+    k: list[torch.Tensor]
+    shift0: torch.Tensor | None
+    shift1: torch.Tensor | None
+
+
+class Run:
+    """The state of one solve."""
+
+    def __init__(self, problem: Problem):
+        self.p = problem
+        self.c, self.a, self.b, self.b_err = problem.method.tableau.numbers
+        rtol, atol = problem.rtol, problem.atol
+        shape = problem.y0.shape
+        self.rtol = rtol.reshape(shape) if isinstance(rtol, torch.Tensor) else rtol
+        self.atol = atol.reshape(shape) if isinstance(atol, torch.Tensor) else atol
+        self.rows = [problem.y0]
+        self.nfe = self.accepted = self.rejected = 0
+        self.trials = 0  # steps tried since the last output
+        self.next_stop = 0
+        self.accepted_times: list[float] = []
+        # Where the solve stands.
+        self.t0, self.y0 = problem.times[0], problem.y0
+        self.dt = self.error_ratio = self.event_t = math.nan
+        self.f0: torch.Tensor | None = None
+        self.k: list[torch.Tensor] = []
+        self.y1: torch.Tensor | None = None
+        # x - x.detach() is zero and has the gradient of x.
+        clock = problem.direction * problem.t.to("cpu", torch.float64)
+        self.shifts = clock - clock.detach() if problem.differentiates_time else None
+        self.shift0 = None if self.shifts is None else self.shifts[0]
+
+    def outcome(self, status: Status) -> Outcome:
+        rows = torch.stack(self.rows)
+        missing = len(self.p.times) - len(rows)
+        if missing and status != Status.EVENT:
+            rows = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), math.nan)])
+        return Outcome(
+            status, rows, self.nfe, self.accepted, self.rejected, self.accepted_times,
+            self.t0, self.dt, self.error_ratio, self.k, self.y1, self.event_t,
+        )  # fmt: skip
+
+    def call(self, t, y, shift=None, nudge=0):
+        """``func(t, y)``; ``nudge`` -1 and +1 take the last time before and the first after t."""
+        p = self.p
+        self.nfe += 1
+        value = p.func(self.stage_time(t, shift, nudge), p.unflatten(y))
+        # A copy: func may return a buffer it reuses, or its own argument.
+        return p.slope(value).clone()
+
+    def stage_time(self, t, shift, nudge):
+        """The 0-d tensor that func sees, rounded once and kept inside the interval."""
+        p = self.p
+        low, high = p.time_bounds
+        x = torch.tensor(t, dtype=p.time_dtype)
+        if nudge:
+            x = torch.nextafter(x, torch.tensor(nudge * math.inf, dtype=p.time_dtype))
+        x = (p.direction * x.clamp(low, high)).to(p.y0.device)
+        return x if shift is None else x + (p.direction * shift).to(x)
+
+    def error_norm(self, x):
+        p = self.p
+        return p.norm_value(x) if p.norm else mean_square_norm(x, p.offsets)
+
+    def first_step(self, f0):
+        """Hairer I, II.4: an Euler step of moderate length shows how fast the field changes."""
+        p = self.p
+        if p.first_step is not None:
+            return p.first_step
+        y0, f0 = self.y0.detach(), f0.detach()
+        d0 = self.error_norm(scaled_error(wide(y0), y0, y0, self.rtol, self.atol))
+        d1 = self.error_norm(scaled_error(wide(f0), y0, y0, self.rtol, self.atol))
+        if not math.isfinite(d1):
+            self.k, self.y1, self.error_ratio = [f0], y0, d1
+            raise StepFailure(Status.NONFINITE_FIELD)
+        h0 = first_guess(d0, d1)
+        if not p.overshoot and p.event_fn is None:
+            h0 = min(h0, p.times[-1] - self.t0)
+        y1 = combine(y0, [f0], [p.direction * h0])
+        f1 = self.call(self.t0 + h0, y1).detach()
+        d2 = self.error_norm(scaled_error(wide(f1) - wide(f0), y0, y0, self.rtol, self.atol)) / h0
+        return initial_step(h0, d1, d2, p.control.order)
+
+    def rk_step(self, f0, t1, shift1):
+        """All stages from ``(t0, y0)`` to ``t1``; returns the slopes and the candidate ``y1``."""
+        p, t0, dt = self.p, self.t0, t1 - self.t0
+        signed_dt = p.direction * dt
+        if shift1 is not None:
+            signed_dt = signed_dt + p.direction * (shift1 - self.shift0)
+        fsal = p.method.tableau.fsal
+        k, y1 = [f0], None
+        for i in range(1, len(self.c)):
+            c_i = self.c[i]
+            at_end = c_i == 1
+            t_i = t1 if at_end else t0 + c_i * dt
+            shift_i = None if shift1 is None else self.shift0 + c_i * (shift1 - self.shift0)
+            coef = [a_ij * signed_dt for a_ij in self.a[i]]
+            y_i = combine(self.y0, k, coef)
+            version = y_i._version
+            # parity: a stage at the end of the step sees the time just before it, so that a
+            # field that jumps there is taken from the left.
+            nudge = -1 if at_end and (p.adaptive or p.perturb) else 0
+            k_i = self.call(t_i, y_i, shift_i, nudge)
+            if fsal and i == len(self.c) - 1:
+                y1 = y_i if y_i._version == version else combine(self.y0, k, coef)
+            k.append(k_i)
+        if y1 is None:
+            y1 = combine(self.y0, k, [b_j * signed_dt for b_j in self.b])
+        return k, y1
+
+    def landing(self, t1):
+        """The end of the next step, moved back to the first stop it would reach or pass."""
+        p = self.p
+        stop, kind = math.inf, _FREE
+        while self.next_stop < len(p.stops) and p.stops[self.next_stop][0] <= self.t0:
+            self.next_stop += 1
+        if self.next_stop < len(p.stops):
+            stop, is_jump = p.stops[self.next_stop]
+            kind = _JUMP if is_jump else _STOP
+        if not p.overshoot and p.event_fn is None and p.times[-1] <= stop:
+            stop, kind = p.times[-1], _END
+        return (stop, kind) if t1 >= stop else (t1, _FREE)
+
+    def adaptive_step(self) -> Step:
+        """Tries steps until one is accepted."""
+        p = self.p
+        on_step, on_accept, on_reject = p.callbacks
+        while True:
+            if self.trials >= p.max_num_steps:
+                raise StepFailure(Status.MAX_STEPS)
+            self.trials += 1
+            self.dt = clamp_step(self.dt, p.control)
+            t1, kind = self.landing(self.t0 + self.dt)
+            if not t1 > self.t0:
+                raise StepFailure(Status.STEP_UNDERFLOW)
+            self.dt = dt = t1 - self.t0
+            p.report(on_step, self.t0, self.y0, dt)
+            shift1 = self.shift0
+            if shift1 is not None and kind != _FREE:
+                shift1 = self.shifts[-1] if kind == _END else torch.zeros_like(shift1)
+            k, y1 = self.rk_step(self.f0, t1, shift1)
+            self.k, self.y1 = k, y1
+            error = weighted_sum(k, [p.direction * dt * e_j for e_j in self.b_err]).detach()
+            ratio = scaled_error(error, self.y0.detach(), y1.detach(), self.rtol, self.atol)
+            self.error_ratio = self.error_norm(ratio)
+            self.dt = next_step(self.error_ratio, dt, p.control)
+            if accept(self.error_ratio, dt, p.control):
+                p.report(on_accept, self.t0, self.y0, dt)
+                step = Step(self.t0, t1, self.y0, y1, k, self.shift0, shift1)
+                # parity: the last stage is the next step's f0, for every method.
+                self.f0 = self.call(t1, y1.clone(), shift1, nudge=1) if kind == _JUMP else k[-1]
+                self.t0, self.y0, self.shift0 = t1, y1, shift1
+                self.accepted += 1
+                self.accepted_times.append(t1)
+                return step
+            self.rejected += 1
+            p.report(on_reject, self.t0, self.y0, dt)
+            if not math.isfinite(self.error_ratio):
+                if not torch.isfinite(self.f0).all() or dt <= p.control.min_step:
+                    raise StepFailure(Status.NONFINITE_FIELD)
+
+    def fixed_step(self, t1, shift1) -> Step:
+        """One step of a prescribed length."""
+        p = self.p
+        self.dt = t1 - self.t0
+        p.report(p.callbacks[0], self.t0, self.y0, self.dt)
+        f0 = self.call(self.t0, self.y0.clone(), self.shift0, nudge=1 if p.perturb else 0)
+        self.k, self.y1 = self.rk_step(f0, t1, shift1)
+        # A fixed-step solve on a GPU never waits for the device, not even for this check.
+        if self.y1.device.type == "cpu" and not torch.isfinite(self.y1).all():
+            self.error_ratio = math.nan
+            raise StepFailure(Status.NONFINITE_FIELD)
+        self.error_ratio = 0.0
+        step = Step(self.t0, t1, self.y0, self.y1, self.k, self.shift0, shift1)
+        self.t0, self.y0, self.shift0 = t1, self.y1, shift1
+        self.accepted += 1
+        self.accepted_times.append(t1)
+        return step
+
+    def interpolate(self, step: Step, times, shifts):
+        """The solution at forward ``times`` inside a step, one row each."""
+        p, dense = self.p, self.p.dense
+        times = torch.tensor(times, dtype=torch.float64)
+        dt = step.t1 - step.t0
+        x, signed_dt = (times - step.t0) / dt, p.direction * dt
+        if step.shift0 is not None:
+            # The same quotient, with the gradients of the three times in it.
+            stretch = step.shift1 - step.shift0
+            x = x + (shifts - step.shift0 - x * stretch) / dt
+            signed_dt = signed_dt + p.direction * stretch
+        k = list(step.k)
+        for c_i, a_i in zip(dense.extra_c, dense.extra_a):
+            coef = [float(a_ij) * signed_dt for a_ij in a_i]
+            t_i = step.t1 if c_i == 1 else step.t0 + float(c_i) * dt
+            shift_i = None if step.shift0 is None else step.shift0 + float(c_i) * stretch
+            k.append(self.call(t_i, combine(step.y0, k, coef), shift_i))
+        coef = weights_at(dense, x) * signed_dt
+        return [combine(step.y0, k, row if row.requires_grad else row.tolist()) for row in coef]
+
+    def emit(self, step: Step):
+        """Appends every output that lies in the step: its end as computed, others in between."""
+        p, begin = self.p, len(self.rows)
+        end = bisect.bisect_right(p.times, step.t1, lo=begin)
+        if end == begin:
+            return
+        self.trials = 0
+        at_end = p.times[end - 1] == step.t1
+        if at_end and step.shift0 is not None and p.adaptive and end < len(p.times):
+            # The value is y1; its gradient in this output time needs the slope there.
+            at_end = False
+        inner = end - 1 if at_end else end
+        if inner > begin:
+            shifts = None if self.shifts is None else self.shifts[begin:inner]
+            self.rows += self.interpolate(step, p.times[begin:inner], shifts)
+        if at_end:
+            self.rows.append(step.y1)
+
+    def steps(self):
+        """Accepted steps, one after another, for as long as they are asked for."""
+        p = self.p
+        if p.adaptive:
+            self.f0 = self.call(self.t0, self.y0.clone(), self.shift0)
+            self.dt = self.first_step(self.f0)
+            while True:
+                yield self.adaptive_step()
+        elif p.event_fn is not None:
+            while self.accepted < MAX_NUM_STEPS:
+                yield self.fixed_step(self.t0 + p.control.max_step, self.shift0)
+            raise StepFailure(Status.MAX_STEPS)
+        else:
+            shifts = p.grid - p.grid.detach() if p.differentiates_time else [None] * len(p.grid)
+            self.shift0 = shifts[0]
+            for t1, shift1 in zip(p.grid.tolist()[1:], shifts[1:]):
+                yield self.fixed_step(t1, shift1)
+
+    def solve(self) -> Outcome:
+        if len(self.p.times) > 1:
+            for step in self.steps():
+                self.emit(step)
+                if len(self.rows) == len(self.p.times):
+                    break
+        return self.outcome(Status.SUCCESS)
+
+    def solve_until_event(self) -> Outcome:
+        """Steps until an event changes sign, then bisects on the dense output.
+
+        An event that is zero at the start has fired: the solve ends there.
+        """
+        p = self.p
+        with torch.no_grad():
+            signs = torch.sign(self.event_values(self.t0, self.y0))
+
+            def event(t, y):
+                value = combine_events(self.event_values(t, y), signs)
+                if math.isnan(value):
+                    raise ArgumentError(f"event_fn returned NaN at t={p.direction * t!r}")
+                return value
+
+            fired = event(self.t0, self.y0) <= 0
+        if fired:
+            self.event_t = self.t0
+            self.rows.append(self.y0)
+            return self.outcome(Status.EVENT)
+        tol = p.atol if isinstance(p.atol, float) else p.atol.min().item()
+        for step in self.steps():
+            with torch.no_grad():
+                if event(step.t1, step.y1) > 0:
+                    continue
+                event_t = bisect_event(
+                    lambda t: event(t, self.interpolate(step, [t], self.shifts)[0]),
+                    step.t0,
+                    step.t1,
+                    tol,
+                )
+            self.event_t = event_t
+            self.rows += self.interpolate(step, [event_t], self.shifts)[:1]
+            return self.outcome(Status.EVENT)
+
+    def event_values(self, t, y):
+        values = self.p.event_fn(self.stage_time(t, None, 0), self.p.unflatten(y))
+        if not isinstance(values, torch.Tensor):
+            raise ArgumentTypeError(f"event_fn must return a Tensor, got {type(values).__name__}")
+        return values.to(torch.float64)

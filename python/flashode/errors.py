@@ -1,0 +1,51 @@
+"""What a solve can end with, and the exceptions that say so."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Status(enum.IntEnum):
+    """How a solve ended; the numbers are shared with the C++ engine."""
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    STEP_UNDERFLOW = 2
+    NONFINITE_FIELD = 3
+    NONFINITE_STATE = 4
+    EVENT = 5
+
+    @property
+    def ok(self) -> bool:
+        return self in (Status.SUCCESS, Status.EVENT)
+
+
+class ArgumentError(ValueError, AssertionError):
+    """An argument has the right type but a value that cannot be used.
+
+    parity: also an AssertionError, because programs written for torchdiffeq catch that.
+    """
+
+
+class ArgumentTypeError(TypeError, AssertionError):
+    """An argument, or what ``func`` returned, is of a type that cannot be used."""
+
+
+class SolveError(RuntimeError, AssertionError):
+    """A solve that could not be finished.
+
+    Attributes:
+        reason: the `Status` that ended it.
+        t: time (the caller's clock) of the last accepted state.
+        dt: size of the step that was tried or refused, signed like time.
+        accepted, rejected: steps so far.
+        nfe: calls of ``func`` so far.
+        index: index of the first offending element in the state, where one is to blame;
+            ``(member, *index)`` for tuple states.
+    """
+
+    def __init__(self, message, *, reason, t, dt, accepted, rejected, nfe, index=None):
+        super().__init__(message)
+        self.reason, self.t, self.dt = reason, t, dt
+        self.accepted, self.rejected, self.nfe = accepted, rejected, nfe
+        self.index = index

@@ -1,0 +1,108 @@
+"""Continuous extensions: the solution between the ends of a step, linear in the step's stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+import torch
+
+from .tableau import Row, Tableau, close, row
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A continuous extension: ``y(t0 + x dt) = y0 + dt * sum_j w_j(x) k_j``, ``0 <= x <= 1``.
+
+    ``weights[j][d]`` is the coefficient of ``x**(d+1)`` in ``w_j``. Where the stages of the step
+    do not suffice, ``extra_c`` and ``extra_a`` add stages that are evaluated only in steps that
+    hold an output; ``weights`` then has ``s + len(extra_c)`` rows.
+    """
+
+    weights: tuple[Row, ...]
+    extra_c: Row = ()
+    extra_a: tuple[Row, ...] = ()
+
+    def __post_init__(self):
+        stages = len(self.weights) - len(self.extra_c)
+        if len({len(w) for w in self.weights}) != 1 or len(self.extra_a) != len(self.extra_c):
+            raise ValueError("dense output: ragged weights or extra stages without rows")
+        for i, (c_i, a_i) in enumerate(zip(self.extra_c, self.extra_a)):
+            if len(a_i) != stages + i or not close(sum(a_i), c_i, a_i):
+                raise ValueError(f"dense output: extra stage {i} contradicts its node {c_i}")
+        column_sums = [sum(column) for column in zip(*self.weights)]
+        if not close(column_sums[0], Fraction(1), self.weights[0]) or not all(
+            close(total, Fraction(0), column)
+            for total, column in zip(column_sums[1:], list(zip(*self.weights))[1:])
+        ):
+            raise ValueError("dense output: constants are not reproduced")
+
+    @property
+    def degree(self) -> int:
+        return len(self.weights[0])
+
+    @cached_property
+    def matrix(self) -> torch.Tensor:
+        """``weights`` as a float64 tensor of shape (stages, degree)."""
+        return torch.tensor([[float(w) for w in w_j] for w_j in self.weights], dtype=torch.float64)
+
+
+def _unit(j: int, s: int) -> Row:
+    return tuple(Fraction(int(i == j)) for i in range(s))
+
+
+def _dense(columns: list[Row], **extra) -> Dense:
+    return Dense(weights=tuple(zip(*columns)), **extra)
+
+
+def _mix(*terms: tuple[int, Row]) -> Row:
+    return tuple(sum(m * r[j] for m, r in terms) for j in range(len(terms[0][1])))
+
+
+def linear(tableau: Tableau) -> Dense:
+    """The chord from ``y0`` to ``y1``."""
+    return _dense([tableau.b])
+
+
+def quadratic(tableau: Tableau) -> Dense:
+    """The parabola through ``y0``, ``f0`` and ``y1``: second order, no further evaluation."""
+    f0 = _unit(0, tableau.stages)
+    return _dense([f0, _mix((1, tableau.b), (-1, f0))])
+
+
+def hermite(tableau: Tableau) -> Dense:
+    """The cubic through ``y0 f0 y1 f1``: third order. ``f1`` is the last stage of an FSAL method,
+    one extra evaluation at ``(t1, y1)`` otherwise."""
+    if tableau.fsal:
+        s, b, extra = tableau.stages, tableau.b, {}
+    else:
+        s, b = tableau.stages + 1, (*tableau.b, Fraction(0))
+        extra = {"extra_c": row(1), "extra_a": (tableau.b,)}
+    f0, f1 = _unit(0, s), _unit(s - 1, s)
+    columns = [f0, _mix((3, b), (-2, f0), (-1, f1)), _mix((-2, b), (1, f0), (1, f1))]
+    return _dense(columns, **extra)
+
+
+def quartic(tableau: Tableau, b_mid: Row) -> Dense:
+    """The quartic through ``y0 f0 y1 f1`` and the midpoint ``y0 + dt * sum_j b_mid_j k_j``
+    (Shampine, *Some practical Runge-Kutta formulas*, Math. Comp. 46, 1986)."""
+    s, b = tableau.stages, tableau.b
+    f0, f1 = _unit(0, s), _unit(s - 1, s)
+    return _dense(
+        [
+            f0,
+            _mix((-4, f0), (1, f1), (-5, b), (16, b_mid)),
+            _mix((5, f0), (-3, f1), (14, b), (-32, b_mid)),
+            _mix((-2, f0), (2, f1), (-8, b), (16, b_mid)),
+        ]
+    )
+
+
+def weights_at(dense: Dense, x):
+    """``w_j(x)`` for every stage ``j`` at positions ``x`` in [0, 1].
+
+    ``x``: float64 tensor of shape (M,); returns (M, stages), differentiable in ``x``.
+    """
+    powers = x[:, None] ** torch.arange(1, dense.degree + 1, dtype=x.dtype)
+    return powers @ dense.matrix.T

@@ -1,0 +1,519 @@
+"""One checked call becomes one frozen `Problem`, which is all that an engine sees."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .control import Controller
+from .errors import ArgumentError, ArgumentTypeError
+from .interp import Dense, hermite
+from .methods import METHODS, Method
+
+ADAPTIVE_OPTIONS = (
+    "first_step safety ifactor dfactor min_step max_step max_num_steps dtype step_t jump_t norm "
+    "overshoot"
+).split()
+FIXED_OPTIONS = "step_size grid_constructor interp perturb norm".split()
+
+# torchdiffeq's default of 2**31 - 1 lets a stiff problem run for days; this is an order of
+# magnitude beyond what any DETEST problem takes at tolerance 1e-12.
+MAX_NUM_STEPS = 100_000
+
+_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Solve ``dy/dt = func(t, y)`` from ``y0``.
+
+    Engines run on a forward clock, ``direction * t``, that always increases. A tuple state is one
+    flat tensor in here; ``shapes`` and ``dtypes`` are None unless the caller gave a tuple.
+
+    Attributes:
+        y0: the state, of any shape, or flat (N,) for tuples.
+        t: the caller's times, shape (T,).
+        times: the same on the forward clock, as floats.
+        grid: step ends of a fixed-step method on the forward clock (float64 tensor, may carry
+            gradients of ``t``); None for adaptive methods.
+        offsets: where the members of the state begin and end in the flat state.
+        rtol, atol: floats, or flat tensors with one entry per element.
+        norm: the caller's norm of the flat scaled error, or None for the default, the largest
+            root mean square over the members.
+        stops: ``(time, is_jump)`` that steps must end on, ascending.
+        max_num_steps: trial steps allowed between two output times.
+        callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
+    """
+
+    func: Callable
+    y0: torch.Tensor
+    shapes: tuple[torch.Size, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
+    t: torch.Tensor
+    times: list[float]
+    direction: float
+    method: Method
+    dense: Dense
+    control: Controller
+    rtol: float | torch.Tensor
+    atol: float | torch.Tensor
+    norm: Callable | None = None
+    first_step: float | None = None
+    max_num_steps: int = MAX_NUM_STEPS
+    overshoot: bool = False
+    stops: tuple[tuple[float, bool], ...] = ()
+    grid: torch.Tensor | None = None
+    perturb: bool = False
+    callbacks: tuple[Callable | None, ...] = (None, None, None)
+    event_fn: Callable | None = None
+
+    @property
+    def adaptive(self) -> bool:
+        return self.method.adaptive
+
+    @cached_property
+    def time_dtype(self) -> torch.dtype:
+        """dtype in which ``t`` reaches ``func``: the real dtype of the state."""
+        return self.y0.dtype.to_real()
+
+    @cached_property
+    def differentiates_time(self) -> bool:
+        return torch.is_grad_enabled() and (
+            self.t.requires_grad or (self.grid is not None and self.grid.requires_grad)
+        )
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where each member of the state begins in the flat state, and the end."""
+        sizes = [self.y0.numel()] if self.shapes is None else [s.numel() for s in self.shapes]
+        ends = [0]
+        for size in sizes:
+            ends.append(ends[-1] + size)
+        return ends
+
+    @cached_property
+    def time_bounds(self) -> tuple[float, float]:
+        """Least and greatest forward time that ``func`` may see, as values of `time_dtype`.
+
+        Rounding to a dtype coarser than the clock must not leave the interval.
+        """
+        if self.overshoot or self.event_fn is not None:
+            return -math.inf, math.inf
+        begin, end = self.times[0], self.times[-1]
+        if self.grid is not None:
+            begin, end = min(begin, self.grid[0].item()), max(end, self.grid[-1].item())
+        low, high = (torch.tensor(x, dtype=self.time_dtype) for x in (begin, end))
+        up = torch.tensor(math.inf, dtype=self.time_dtype)
+        if low.item() < begin:
+            low = torch.nextafter(low, up)
+        if high.item() > end:
+            high = torch.nextafter(high, -up)
+        return (low.item(), high.item()) if low <= high else (-math.inf, math.inf)
+
+    def unflatten(self, y: torch.Tensor, batch: int = 0):
+        """The caller's view of a flat state with ``batch`` leading dimensions."""
+        if self.shapes is None:
+            return y
+        lead, ends = y.shape[:batch], self.offsets
+        return tuple(
+            y[..., begin:end].reshape(*lead, *shape).to(dtype)
+            for begin, end, shape, dtype in zip(ends, ends[1:], self.shapes, self.dtypes)
+        )
+
+    def slope(self, value) -> torch.Tensor:
+        """What ``func`` returned, checked and in the layout of ``y0``.
+
+        A dtype of other precision is cast. Raises ArgumentTypeError or ArgumentError.
+        """
+        if self.shapes is None:
+            return self._member_slope(value, "func", self.y0.shape).contiguous()
+        if isinstance(value, torch.Tensor) or not isinstance(value, (tuple, list)):
+            raise ArgumentTypeError(
+                f"func must return a tuple of {len(self.shapes)} Tensors like y0, got {_kind(value)}"
+            )
+        if len(value) != len(self.shapes):
+            raise ArgumentError(
+                f"func returned a tuple of {len(value)} members, expected {len(self.shapes)} like y0"
+            )
+        return torch.cat(
+            [
+                self._member_slope(v, f"func: member {i}", shape).reshape(-1)
+                for i, (v, shape) in enumerate(zip(value, self.shapes))
+            ]
+        )
+
+    def _member_slope(self, value, name: str, shape) -> torch.Tensor:
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentTypeError(
+                f"{name} must return a Tensor of shape {tuple(shape)}, got {_kind(value)}"
+            )
+        if value.shape != shape:
+            raise ArgumentError(
+                f"{name} returned shape {tuple(value.shape)}, expected {tuple(shape)} like y0; "
+                "slopes are never broadcast"
+            )
+        if value.device != self.y0.device:
+            raise ArgumentError(f"{name} returned a Tensor on {value.device}, y0 is on {self.y0.device}")
+        if value.is_complex() and not self.y0.is_complex():
+            raise ArgumentTypeError(f"{name} returned {value.dtype} for a state of {self.y0.dtype}")
+        if value.layout != torch.strided:
+            raise ArgumentTypeError(f"{name} returned a {value.layout} Tensor; return a dense one")
+        return value.to(self.y0.dtype).resolve_conj().resolve_neg()
+
+    def norm_value(self, scaled: torch.Tensor) -> float:
+        """The caller's norm of a flat scaled error, as a non-negative float."""
+        value = self.norm(self.unflatten(scaled))
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = abs(value.item())
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ArgumentTypeError(f"norm must return a scalar Tensor or a float, got {_kind(value)}")
+        return abs(float(value))
+
+    def report(self, callback, t0: float, y0: torch.Tensor, dt: float):
+        """Calls one of the caller's callbacks, if there is one, with ``(t0, y0, dt)``."""
+        if callback is not None:
+            t0, dt = (torch.tensor(x, dtype=torch.float64, device=y0.device) for x in (self.direction * t0, dt))
+            # A copy: a callback may keep the state, or write into it.
+            callback(t0, self.unflatten(y0.detach().clone()), dt)
+
+    @staticmethod
+    def from_call(func, y0, t, rtol, atol, method, options, event_fn) -> Problem:
+        """Checks every argument of one `odeint` call; raises before ``func`` is called."""
+        if not callable(func):
+            raise ArgumentTypeError(f"func must be callable as func(t, y), got {_kind(func)}")
+        y0, shapes, dtypes = _state(y0)
+        chosen = _method(method)
+        options = _options(options, chosen)
+        times, direction = _times(t, "t")
+        if event_fn is not None and len(times) != 2:
+            raise ArgumentError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(times)}.")
+        if t.device != y0.device:
+            if t.device.type != "cpu":
+                warnings.warn(f"t is not on the same device as y0 ({t.device}, {y0.device}). Coercing to y0.device.")
+        _finite_state(y0, shapes, chosen)
+        sizes = None if shapes is None else [s.numel() for s in shapes]
+        rtol, atol = (_tolerance(n, v, y0, sizes) for n, v in (("rtol", rtol), ("atol", atol)))
+        if chosen.adaptive:
+            if not isinstance(rtol, torch.Tensor) and not isinstance(atol, torch.Tensor) and rtol == atol == 0:
+                raise ArgumentError("rtol and atol are both 0; an adaptive method needs one of them positive")
+            rtol, atol = _floor(rtol, atol, y0)
+            particular = _adaptive_fields(options, chosen, times[0], direction)
+        else:
+            particular = _fixed_fields(options, chosen, func, y0, t, times, direction, event_fn)
+        return Problem(
+            func=func,
+            y0=y0,
+            shapes=shapes,
+            dtypes=dtypes,
+            t=t,
+            times=times,
+            direction=direction,
+            method=chosen,
+            rtol=rtol,
+            atol=atol,
+            callbacks=_callbacks(func, chosen),
+            event_fn=event_fn,
+            **particular,
+        )
+
+
+# ---- the checks, one argument each ---------------------------------------------------------
+
+
+def _kind(value) -> str:
+    return type(value).__name__
+
+
+def _state(y0):
+    """The state as one tensor, with the members' shapes and dtypes if it is a tuple."""
+    if isinstance(y0, torch.Tensor):
+        _state_member(y0, "y0")
+        return y0, None, None
+    if not isinstance(y0, tuple):
+        raise ArgumentTypeError(f"y0 must be either a torch.Tensor or a tuple of Tensors, got {_kind(y0)}")
+    if not y0:
+        raise ArgumentError("y0 is an empty tuple; give at least one Tensor")
+    for i, member in enumerate(y0):
+        if not isinstance(member, torch.Tensor):
+            raise ArgumentTypeError(f"y0 must be either a torch.Tensor or a tuple of Tensors; member {i} is {_kind(member)}")
+        _state_member(member, f"y0: member {i}")
+        if member.device != y0[0].device:
+            raise ArgumentError(f"y0: member {i} is on {member.device}, member 0 on {y0[0].device}")
+    flat = torch.cat([member.reshape(-1) for member in y0])
+    return flat, tuple(m.shape for m in y0), tuple(m.dtype for m in y0)
+
+
+def _state_member(y, name):
+    if y.layout != torch.strided:
+        raise ArgumentTypeError(f"{name} has layout {y.layout}; call .to_dense() first")
+    if y.dtype not in _DTYPES:
+        raise ArgumentTypeError(f"{name} must be a floating point or complex Tensor, got {y.dtype}; call .float() or .double() first")
+    if y.device.type == "meta":
+        raise NotImplementedError(f"{name} is on the meta device; a solve needs real data")
+
+
+def _finite_state(y0, shapes, method):
+    # A fixed-step solve on a GPU never waits for the device, not even for this check.
+    if y0.device.type != "cpu" and not method.adaptive:
+        return
+    finite = torch.isfinite(y0.detach())
+    if finite.all():
+        return
+    bad = (~finite).nonzero()
+    index = bad[0].tolist()
+    where = f"element {index}"
+    if shapes is not None:
+        flat, member = index[0], 0
+        while flat >= shapes[member].numel():
+            flat -= shapes[member].numel()
+            member += 1
+        where = f"member {member}, flat element {flat}"
+    raise ArgumentError(f"y0 has {len(bad)} non-finite elements (the first: {where}); the state must be finite")
+
+
+def _method(method) -> Method:
+    name = "dopri5" if method is None else method
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"method must be a string, got {_kind(method)}")
+    if name not in METHODS:
+        raise ArgumentError(
+            f'Invalid method "{name}".{_nearest(name, METHODS)} Must be one of '
+            + '{"' + '", "'.join(METHODS) + '"}'
+        )  # fmt: skip
+    return METHODS[name]
+
+
+def _nearest(name, names) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def _options(options, method: Method) -> dict:
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ArgumentTypeError(f"options must be a dict, got {_kind(options)}")
+    allowed = ADAPTIVE_OPTIONS if method.adaptive else FIXED_OPTIONS
+    unknown = {k: v for k, v in options.items() if k not in allowed}
+    if unknown:
+        # parity: a warning, because programs share one options dict between methods.
+        hints = "".join(_nearest(name, allowed) for name in unknown)
+        warnings.warn(f"{method.name}: Unexpected arguments {unknown}, ignored.{hints} Allowed: {allowed}")
+    return {k: v for k, v in options.items() if k in allowed}
+
+
+def _times(t, name) -> tuple[list[float], float]:
+    """The times on the forward clock, and the direction of the caller's clock."""
+    if not isinstance(t, torch.Tensor):
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {_kind(t)}")
+    if not t.is_floating_point():
+        raise ArgumentTypeError(f"`{name}` must be a floating point Tensor but is a {t.dtype}")
+    if t.ndim != 1:
+        raise ArgumentError(f"{name} must be one dimensional, got shape {tuple(t.shape)}")
+    if t.numel() == 0:
+        raise ArgumentError(f"{name} is empty; it must hold at least the initial time")
+    values = t.tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ArgumentError(f"{name} must be finite and strictly increasing or decreasing, got {name}[{i}] = {value}")
+    direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
+    forward = [direction * value for value in values]
+    for i in range(1, len(forward)):
+        if forward[i] <= forward[i - 1]:
+            raise ArgumentError(
+                f"{name} must be strictly increasing or decreasing, got {name}[{i - 1}] = "
+                f"{values[i - 1]!r} and {name}[{i}] = {values[i]!r}"
+            )
+    return forward, direction
+
+
+def _tolerance(name, value, y0, sizes):
+    """A float, or a flat tensor with one entry per element of the state."""
+    per_member = isinstance(value, torch.Tensor) and value.ndim == 1 and value.numel() > 1
+    if sizes is not None and (isinstance(value, (tuple, list)) or (per_member and len(value) == len(sizes))):
+        if len(value) != len(sizes):
+            raise ArgumentError(f"If using tupled {name} it must have the same length as the tuple y0, got {len(value)} for {len(sizes)}")
+        parts = [_tolerance(f"{name}[{i}]", v, y0, None) for i, v in enumerate(value)]
+        return torch.cat([torch.as_tensor(p, dtype=_wide(y0), device=y0.device).reshape(-1).expand(n) for p, n in zip(parts, sizes)])
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise ArgumentError(f"{name} cannot require gradient")
+        if value.is_complex():
+            raise ArgumentTypeError(f"{name} must be real, got {value.dtype}")
+        low, high = (value.min().item(), value.max().item()) if value.numel() else (0.0, 0.0)
+        if math.isnan(low) or low < 0 or math.isinf(high):
+            raise ArgumentError(f"{name} must be finite and not negative, got values from {low} to {high}")
+        if value.numel() == 1:
+            return float(value)
+        try:
+            # A tuple state takes a flat tensor; any other takes what broadcasts to it.
+            return value.to(y0.device, _wide(y0)).expand(y0.shape).reshape(-1)
+        except RuntimeError:
+            raise ArgumentError(f"{name} has shape {tuple(value.shape)}, which does not broadcast to the state's {tuple(y0.shape)}") from None
+    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, complex):
+        raise ArgumentTypeError(f"{name} must be a number or a Tensor, got {_kind(value)}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ArgumentError(f"{name} must be finite and not negative, got {number}")
+    return number
+
+
+def _wide(y0) -> torch.dtype:
+    """The dtype of arithmetic on the state: at least float32."""
+    return torch.promote_types(y0.dtype.to_real(), torch.float32)
+
+
+def _floor(rtol, atol, y0):
+    """Tolerances that a 16-bit state can meet; below its rounding, error control sees noise."""
+    dtype = y0.dtype.to_real()
+    if dtype not in (torch.float16, torch.bfloat16) or y0.numel() == 0:
+        return rtol, atol
+    eps = torch.finfo(dtype).eps
+    least_rtol, least_atol = 4 * eps, eps * (y0.detach().abs().max().item() or 1.0)
+    floored = []
+    for value, least in ((rtol, least_rtol), (atol, least_atol)):
+        floored.append(value.clamp(min=least) if isinstance(value, torch.Tensor) else max(value, least))
+    if any(bool((torch.as_tensor(new) != torch.as_tensor(old)).any()) for new, old in zip(floored, (rtol, atol))):
+        warnings.warn(
+            f"{dtype} cannot meet these tolerances: rtol raised to at least {least_rtol:.3g}, atol to at "
+            f"least {least_atol:.3g}. Use a float32 state for more accuracy.",
+            stacklevel=2,
+        )
+    return tuple(floored)
+
+
+def _number(options, name, default, *, low=-math.inf, high=math.inf, strict=False):
+    value = options.get(name, default)
+    if value is default:
+        return default
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"options[{name!r}] must be a number, got {_kind(value)}")
+    if math.isnan(value) or value < low or value > high or (strict and value == low):
+        bound = f"greater than {low}" if strict else f"at least {low}"
+        upper = "" if math.isinf(high) else f" and at most {high}"
+        raise ArgumentError(f"options[{name!r}] must be {bound}{upper}, got {value}")
+    return value
+
+
+def _adaptive_fields(options, method: Method, begin: float, direction: float) -> dict:
+    control = Controller(
+        order=method.order,
+        safety=_number(options, "safety", 0.9, low=0, high=1, strict=True),
+        ifactor=_number(options, "ifactor", 10.0, low=1),
+        dfactor=_number(options, "dfactor", 0.2, low=0, high=1, strict=True),
+        min_step=_number(options, "min_step", 0.0, low=0),
+        max_step=_number(options, "max_step", math.inf, low=0, strict=True),
+    )
+    if control.min_step > control.max_step:
+        raise ArgumentError(f"options['min_step'] is {control.min_step}, above options['max_step'], {control.max_step}")
+    limit = _number(options, "max_num_steps", MAX_NUM_STEPS, low=1)
+    if limit != int(limit):
+        raise ArgumentError(f"options['max_num_steps'] must be a whole number, got {limit}")
+    if options.get("dtype", torch.float64) not in (torch.float32, torch.float64):
+        # Time is kept in float64 whichever of the two is asked for.
+        raise ArgumentError(f"options['dtype'] must be torch.float32 or torch.float64, got {options['dtype']}")
+    norm = options.get("norm")
+    if norm is not None and not callable(norm):
+        raise ArgumentTypeError(f"options['norm'] must be callable, got {norm!r}")
+    first_step = _number(options, "first_step", None, low=0, strict=True)
+    overshoot = bool(options.get("overshoot", False))
+    return {
+        "control": control,
+        "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
+        "first_step": first_step,
+        "max_num_steps": int(min(limit, 2**31 - 1)),
+        "overshoot": overshoot,
+        "norm": norm,
+        "stops": _stops(options, begin, direction),
+    }
+
+
+def _stops(options, begin, direction):
+    """Times that steps must end on, ascending on the forward clock."""
+    stops = []
+    for name, is_jump in (("step_t", False), ("jump_t", True)):
+        values = options.get(name)
+        if values is None:
+            continue
+        values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+        if any(math.isnan(v) for v in values):
+            raise ArgumentError(f"options[{name!r}] holds NaN")
+        # parity: times before the start are dropped in silence.
+        stops += [(direction * v, is_jump) for v in values if direction * v > begin]
+    stops.sort()
+    if any(a[0] == b[0] for a, b in zip(stops, stops[1:])):
+        raise ArgumentError("`step_t` and `jump_t` must not have any repeated elements between them.")
+    return tuple(stops)
+
+
+def _fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
+    interp = options.get("interp", "linear")
+    if interp not in ("linear", "cubic"):
+        raise ArgumentError(f"Unknown interpolation method {interp!r}; options['interp'] is 'linear' or 'cubic'")
+    step_size = _number(options, "step_size", None, low=0, strict=True)
+    constructor = options.get("grid_constructor")
+    if step_size is not None and constructor is not None:
+        raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
+    if step_size is not None and math.isinf(step_size):
+        raise ArgumentError("options['step_size'] must be finite, got inf")
+    if event_fn is not None and step_size is None:
+        raise ArgumentError("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
+    clock = direction * t.to("cpu", torch.float64)
+    if event_fn is not None:
+        grid = clock[:1]
+    elif step_size is not None:
+        grid = _even_grid(clock, times, float(step_size))
+    elif constructor is not None:
+        grid = _constructed_grid(constructor, func, y0, t, times, direction)
+    else:
+        grid = clock
+    return {
+        "control": Controller(order=method.order, max_step=step_size or math.inf),
+        "dense": method.dense if interp == "linear" else hermite(method.tableau),
+        "grid": grid,
+        "perturb": bool(options.get("perturb", False)),
+    }
+
+
+def _even_grid(clock, times, step_size):
+    """``t[0] + i * step_size`` while before the end, then the end itself."""
+    steps = (times[-1] - times[0]) / step_size
+    if steps > 2**31 - 1:
+        raise ArgumentError(f"options['step_size'] = {step_size} asks for {steps:.3g} steps; at most 2**31 - 1 are possible")
+    # A quotient that is whole up to rounding must not add a step of no length.
+    whole = max(1, math.ceil(steps * (1 - 4 * torch.finfo(torch.float64).eps))) if len(times) > 1 else 0
+    inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64)
+    return torch.cat([inner, clock[-1:]])
+
+
+def _constructed_grid(constructor, func, y0, t, times, direction):
+    if not callable(constructor):
+        raise ArgumentTypeError(f"options['grid_constructor'] must be callable, got {_kind(constructor)}")
+    grid = constructor(func, y0, t)
+    if not isinstance(grid, torch.Tensor):
+        raise ArgumentTypeError(f"grid_constructor must return a Tensor, got {_kind(grid)}")
+    values, grid_direction = _times(grid, "grid_constructor's grid")
+    if values[0] != times[0] or values[-1] != times[-1] or (len(values) > 1 and grid_direction != direction):
+        raise ArgumentError(
+            f"grid_constructor's grid must run from t[0] = {direction * times[0]} to t[-1] = {direction * times[-1]}, "
+            f"it runs from {grid[0].item()} to {grid[-1].item()}"
+        )
+    return direction * grid.to("cpu", torch.float64)
+
+
+def _callbacks(func, method: Method):
+    found = tuple(getattr(func, name, None) for name in _CALLBACKS)
+    served = _CALLBACKS if method.adaptive else _CALLBACKS[:1]
+    refused = {name for name, callback in zip(_CALLBACKS, found) if callback and name not in served}
+    if refused:
+        warnings.warn(f"Solver '{method.name}' does not support callbacks {refused}")
+    return tuple(c if name in served else None for name, c in zip(_CALLBACKS, found))

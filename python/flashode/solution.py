@@ -1,0 +1,164 @@
+"""What a solve returns: values, status and statistics, and the error a failed one raises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import SolveError, Status
+
+
+@dataclass
+class Stats:
+    """What a solve cost.
+
+    ``accepted_times`` are the ends of the accepted steps on the caller's clock; ``accepted`` and
+    ``rejected`` count steps, ``nfe`` calls of ``func``.
+    """
+
+    engine: str
+    method: str
+    nfe: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    accepted_times: list[float] = field(default_factory=list, repr=False)
+
+
+@dataclass
+class Solution:
+    """A finished solve.
+
+    Attributes:
+        ts: times of the values, shape (T,).
+        ys: values, shape (T, *state); a tuple of such for tuple states. Where ``status`` is a
+            failure, the rows that were not reached are NaN.
+        status: how it ended.
+        stats: what it cost.
+    """
+
+    ts: torch.Tensor
+    ys: torch.Tensor | tuple[torch.Tensor, ...]
+    status: Status
+    stats: Stats
+
+    def __repr__(self):
+        members = self.ys if isinstance(self.ys, tuple) else (self.ys,)
+        shapes = ", ".join(f"{tuple(y.shape)} {str(y.dtype)[6:]}" for y in members)
+        s, first, last = self.stats, self.ts[0].item(), self.ts[-1].item()
+        return (
+            f"Solution({self.status.name.lower()}: {s.method} on the {s.engine} engine, "
+            f"t = {first:g} … {last:g}, ys {shapes}; "
+            f"{s.accepted} steps, {s.rejected} rejected, {s.nfe} calls of func)"
+        )
+
+
+@dataclass
+class Outcome:
+    """What an engine hands back: enough for a `Solution` or for a `SolveError` that names causes.
+
+    Times are on the engine's forward clock. ``f0``, ``k`` and ``y1`` are those of the last trial
+    step; they are read only to find the element at fault.
+    """
+
+    status: Status
+    ys: torch.Tensor
+    nfe: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    accepted_times: list[float] = field(default_factory=list)
+    t: float = math.nan
+    dt: float = math.nan
+    error_ratio: float = math.nan
+    k: list[torch.Tensor] = field(default_factory=list)
+    y1: torch.Tensor | None = None
+    event_t: float = math.nan
+
+
+def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
+    """The `Solution` of an outcome; raises the `SolveError` of a failed one unless told not to."""
+    stats = Stats(
+        engine=engine,
+        method=problem.method.name,
+        nfe=outcome.nfe,
+        accepted=outcome.accepted,
+        rejected=outcome.rejected,
+        accepted_times=[problem.direction * t for t in outcome.accepted_times],
+    )
+    if not outcome.status.ok:
+        error = _failure(problem, outcome)
+        if throw:
+            raise error
+        outcome.status = error.reason
+    return Solution(problem.t, problem.unflatten(outcome.ys, batch=1), outcome.status, stats)
+
+
+def _failure(problem, outcome: Outcome) -> SolveError:
+    t, dt = problem.direction * outcome.t, problem.direction * outcome.dt
+    reason, culprit = _cause(outcome)
+    index = None if culprit is None else _first_nonfinite(problem, culprit)
+    where = "" if index is None else f"; first at element {list(index)}"
+    value = "" if index is None else f" ({_element(problem, culprit, index)})"
+    text, remedy = {
+        Status.NONFINITE_FIELD: (
+            f"func returned non-finite values{value} near t={t!r}{where}",
+            "check func for overflow, division by zero, or arguments outside its domain",
+        ),
+        Status.NONFINITE_STATE: (
+            f"non-finite values in state `y`{value} after t={t!r}{where}",
+            "the solution overflows its dtype, or leaves the domain of func",
+        ),
+        Status.STEP_UNDERFLOW: (
+            f"underflow in dt {dt!r} at t={t!r}: the error test fails however small the step "
+            f"(error ratio {outcome.error_ratio:.3g})",
+            "the solution may have a singularity here, the tolerances may be below the rounding "
+            "of the state's dtype, or the step below the resolution of t; loosen rtol or atol "
+            "(an atol of 0 needs a state that never vanishes)",
+        ),
+        Status.MAX_STEPS: (
+            f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps}) between "
+            f"two output times, at t={t!r} with dt={dt!r}",
+            "raise options={'max_num_steps': ...}; if the steps are far smaller than the solution "
+            "looks, the problem is stiff and an explicit method cannot do better",
+        ),
+    }[reason]
+    counts = (
+        f"{outcome.accepted} steps accepted, {outcome.rejected} rejected, "
+        f"{outcome.nfe} calls of func, last dt={dt!r}"
+    )
+    return SolveError(
+        f"{text} [{problem.method.name}; {counts}]. {remedy[0].upper()}{remedy[1:]}.",
+        reason=reason,
+        t=t,
+        dt=dt,
+        accepted=outcome.accepted,
+        rejected=outcome.rejected,
+        nfe=outcome.nfe,
+        index=index,
+    )
+
+
+def _cause(outcome: Outcome):
+    """The true reason behind a step that could not be taken, and the tensor that shows it."""
+    if outcome.status == Status.MAX_STEPS or math.isfinite(outcome.error_ratio):
+        return outcome.status, None
+    for k in outcome.k:
+        if not torch.isfinite(k).all():
+            return Status.NONFINITE_FIELD, k
+    return Status.NONFINITE_STATE, outcome.y1
+
+
+def _first_nonfinite(problem, flat: torch.Tensor):
+    members = problem.unflatten(flat.detach())
+    for number, member in enumerate(members if isinstance(members, tuple) else (members,)):
+        bad = (~torch.isfinite(member)).nonzero()
+        if len(bad):
+            index = tuple(bad[0].tolist())
+            return (number, *index) if isinstance(members, tuple) else index
+    return None
+
+
+def _element(problem, flat: torch.Tensor, index):
+    members = problem.unflatten(flat.detach())
+    return members[index[0]][index[1:]].item() if isinstance(members, tuple) else members[index].item()
