@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .adjoint import collect_params, make_spec, solve_with_adjoint
 from .engines import ENGINES, choose
 from .problem import Problem
 from .solution import Solution, finish
@@ -69,6 +70,44 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, throw):
     if event_fn is not None:
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
     return finish(problem, outcome, name, throw), event_t
+
+
+def odeint_adjoint(
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
+    adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
+    adjoint_params=None, engine="auto",
+):  # fmt: skip
+    """`odeint` whose gradients come from a solve of the adjoint equation backwards in time.
+
+    Memory does not grow with the number of steps, only with the number of outputs; gradients are
+    right to the tolerances of the backward solve, and can be wrong where rebuilding the state
+    backwards is unstable. ``func`` must not change between the solve and its backward pass.
+
+    Args:
+        func, y0, t, rtol, atol, method, options, event_fn, engine: as for `odeint`.
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: the same for the backward
+            solve; those of the forward solve by default. ``adjoint_options["norm"]`` may be
+            ``"seminorm"``, which leaves the parameters' gradients out of step-size control, or a
+            callable that is given the tuple ``(t, y, adj_y, *adj_params)``.
+        adjoint_params: tensors that get gradients; by default the parameters of ``func``, which
+            must then be an ``nn.Module``.
+
+    Returns:
+        As `odeint`. With ``event_fn`` the event's time carries no gradient.
+
+    Raises:
+        As `odeint`, in the backward pass too; ArgumentError when ``func`` is not a Module and
+        ``adjoint_params`` is missing.
+    """
+    params = collect_params(func, adjoint_params)
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn)
+    name = choose(problem, engine)
+    spec = make_spec(
+        problem, options, rtol, atol, method,
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, engine,
+    )  # fmt: skip
+    solution, event_t = solve_with_adjoint(problem, spec, params, name)
+    return solution.ys if event_fn is None else (event_t, solution.ys)
 
 
 def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None) -> str:

@@ -26,7 +26,7 @@ FIXED_OPTIONS = "step_size grid_constructor interp perturb norm".split()
 # magnitude beyond what any DETEST problem takes at tolerance 1e-12.
 MAX_NUM_STEPS = 100_000
 
-_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class Problem:
         stops: ``(time, is_jump)`` that steps must end on, ascending.
         max_num_steps: trial steps allowed between two output times.
         callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
+        counted: members that the default norm covers, from the first; None for all.
     """
 
     func: Callable
@@ -73,6 +74,7 @@ class Problem:
     perturb: bool = False
     callbacks: tuple[Callable | None, ...] = (None, None, None)
     event_fn: Callable | None = None
+    counted: int | None = None
 
     @property
     def adaptive(self) -> bool:
@@ -117,13 +119,18 @@ class Problem:
             high = torch.nextafter(high, -up)
         return (low.item(), high.item()) if low <= high else (-math.inf, math.inf)
 
+    @property
+    def norm_offsets(self) -> list[int]:
+        """`offsets` of the members that the norm covers."""
+        return self.offsets if self.counted is None else self.offsets[: self.counted + 1]
+
     def unflatten(self, y: torch.Tensor, batch: int = 0):
         """The caller's view of a flat state with ``batch`` leading dimensions."""
         if self.shapes is None:
             return y
         lead, ends = y.shape[:batch], self.offsets
         return tuple(
-            y[..., begin:end].reshape(*lead, *shape).to(dtype)
+            y[..., begin:end].reshape((*lead, *shape)).to(dtype)
             for begin, end, shape, dtype in zip(ends, ends[1:], self.shapes, self.dtypes)
         )
 
@@ -336,12 +343,21 @@ def _times(t, name) -> tuple[list[float], float]:
 
 def _tolerance(name, value, y0, sizes):
     """A float, or a flat tensor with one entry per element of the state."""
-    per_member = isinstance(value, torch.Tensor) and value.ndim == 1 and value.numel() > 1
-    if sizes is not None and (isinstance(value, (tuple, list)) or (per_member and len(value) == len(sizes))):
-        if len(value) != len(sizes):
-            raise ArgumentError(f"If using tupled {name} it must have the same length as the tuple y0, got {len(value)} for {len(sizes)}")
-        parts = [_tolerance(f"{name}[{i}]", v, y0, None) for i, v in enumerate(value)]
-        return torch.cat([torch.as_tensor(p, dtype=_wide(y0), device=y0.device).reshape(-1).expand(n) for p, n in zip(parts, sizes)])
+    if sizes is None:
+        return _one_tolerance(name, value, y0, y0.shape)
+    per_member = isinstance(value, torch.Tensor) and value.ndim == 1 and len(value) == len(sizes)
+    if not per_member and not isinstance(value, (tuple, list)):
+        return _one_tolerance(name, value, y0, y0.shape)
+    if len(value) != len(sizes):
+        raise ArgumentError(
+            f"If using tupled {name} it must have the same length as the tuple y0, got {len(value)} for {len(sizes)}"
+        )
+    parts = [_one_tolerance(f"{name}[{i}]", v, y0, (n,)) for i, (v, n) in enumerate(zip(value, sizes))]
+    return torch.cat([torch.as_tensor(p, dtype=_wide(y0), device=y0.device).expand(n) for p, n in zip(parts, sizes)])
+
+
+def _one_tolerance(name, value, y0, shape):
+    """A float, or a tensor spread over ``shape`` and flat."""
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             raise ArgumentError(f"{name} cannot require gradient")
@@ -352,12 +368,16 @@ def _tolerance(name, value, y0, sizes):
             raise ArgumentError(f"{name} must be finite and not negative, got values from {low} to {high}")
         if value.numel() == 1:
             return float(value)
+        value = value.to(y0.device, _wide(y0))
+        if value.numel() == math.prod(shape):
+            return value.reshape(-1)
         try:
-            # A tuple state takes a flat tensor; any other takes what broadcasts to it.
-            return value.to(y0.device, _wide(y0)).expand(y0.shape).reshape(-1)
+            return value.expand(shape).reshape(-1)
         except RuntimeError:
-            raise ArgumentError(f"{name} has shape {tuple(value.shape)}, which does not broadcast to the state's {tuple(y0.shape)}") from None
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, complex):
+            raise ArgumentError(
+                f"{name} has shape {tuple(value.shape)}, which does not broadcast to the state's {tuple(shape)}"
+            ) from None
+    if isinstance(value, (bool, complex, str)) or not hasattr(value, "__float__"):
         raise ArgumentTypeError(f"{name} must be a number or a Tensor, got {_kind(value)}")
     number = float(value)
     if not math.isfinite(number) or number < 0:
@@ -511,9 +531,9 @@ def _constructed_grid(constructor, func, y0, t, times, direction):
 
 
 def _callbacks(func, method: Method):
-    found = tuple(getattr(func, name, None) for name in _CALLBACKS)
-    served = _CALLBACKS if method.adaptive else _CALLBACKS[:1]
-    refused = {name for name, callback in zip(_CALLBACKS, found) if callback and name not in served}
+    found = tuple(getattr(func, name, None) for name in CALLBACKS)
+    served = CALLBACKS if method.adaptive else CALLBACKS[:1]
+    refused = {name for name, callback in zip(CALLBACKS, found) if callback and name not in served}
     if refused:
         warnings.warn(f"Solver '{method.name}' does not support callbacks {refused}")
-    return tuple(c if name in served else None for name, c in zip(_CALLBACKS, found))
+    return tuple(c if name in served else None for name, c in zip(CALLBACKS, found))

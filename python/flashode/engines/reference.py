@@ -158,7 +158,7 @@ class Run:
 
     def error_norm(self, x):
         p = self.p
-        return p.norm_value(x) if p.norm else mean_square_norm(x, p.offsets)
+        return p.norm_value(x) if p.norm else mean_square_norm(x, p.norm_offsets)
 
     def first_step(self, f0):
         """Hairer I, II.4: an Euler step of moderate length shows how fast the field changes."""
