@@ -1,4 +1,5 @@
-// Times as a field sees them: rounded once from the solver's double to the dtype of the state.
+// Times as a field sees them: the solver's double in the dtype of the state, rounded as torch does
+// it (to 16 bits by way of float).
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,8 @@
 
 namespace flashode {
 
-// The neighbour of a 16-bit float, one step up or down the line of its values.
+// The neighbour of a 16-bit float, one step up or down the line of its values. Not for infinities:
+// beyond them lie the NaNs.
 inline uint16_t next_bits(uint16_t bits, int nudge) {
   if ((bits & 0x7fff) == 0) return nudge > 0 ? 0x0001 : 0x8001;
   const bool negative = bits & 0x8000;
@@ -24,11 +26,11 @@ inline double round_time(double t, int nudge, Dtype dtype) {
       return nudge == 0 ? float(t) : std::nextafterf(float(t), float(toward));
     case Dtype::f16: {
       const Half x = narrow<Half>(float(t));
-      return widen(nudge == 0 ? x : Half{next_bits(x.bits, nudge)});
+      return widen(nudge == 0 || widen(x) == toward ? x : Half{next_bits(x.bits, nudge)});
     }
     default: {
       const BFloat16 x = narrow<BFloat16>(float(t));
-      return widen(nudge == 0 ? x : BFloat16{next_bits(x.bits, nudge)});
+      return widen(nudge == 0 || widen(x) == toward ? x : BFloat16{next_bits(x.bits, nudge)});
     }
   }
 }

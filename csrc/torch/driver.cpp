@@ -81,7 +81,7 @@ struct StepFailure {
 
 // An accepted step. shift0 and shift1 are zeros that carry the gradients of t0 and t1, if any.
 struct Step {
-  double t0, t1;
+  double t0, t1, dt;
   at::Tensor y0, y1, shift0, shift1;
 };
 
@@ -105,11 +105,11 @@ class Run {
   Decision error_norm(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
                       const double* coef, double dt);
   double first_step();
-  bool rk_step(double t1, const at::Tensor& shift1);
+  bool rk_step(double t1, double dt, const at::Tensor& shift1);
   std::pair<double, Landing> landing(double t1);
   Step adaptive_step();
   Step fixed_step(double t1, const at::Tensor& shift1);
-  Step accepted(double t1, const at::Tensor& shift1);
+  Step accepted(double t1, double dt, const at::Tensor& shift1);
   void report(const py::object& callback, double dt);
   void interpolate(const Step& step, int64_t begin, int64_t end);
   void emit(const Step& step);
@@ -398,8 +398,8 @@ double Run::first_step() {
 }
 
 // All stages from (t0, y0) to t1, and the candidate y1. Returns whether y1 is finite, on a CPU.
-bool Run::rk_step(double t1, const at::Tensor& shift1) {
-  const double dt = t1 - t0_, signed_dt = direction_ * dt;
+bool Run::rk_step(double t1, double dt, const at::Tensor& shift1) {
+  const double signed_dt = direction_ * dt;
   const int stages = int(table_.c.size());
   if (shift1.defined()) stretch_ = shift1.sub(shift0_);
   k_.assign(1, f0_);
@@ -451,13 +451,14 @@ Step Run::adaptive_step() {
     dt_ = clamp_step(dt_, control_);
     const auto [t1, kind] = landing(t0_ + dt_);
     if (!(t1 > t0_)) throw StepFailure{kStepUnderflow};
-    const double dt = dt_ = t1 - t0_;
+    // A free step keeps its own length: t1 - t0 is rounded.
+    const double dt = dt_ = kind == kFree ? dt_ : t1 - t0_;
     report(on_step_, dt);
     at::Tensor shift1 = shift0_;
     if (shift1.defined() && kind != kFree) {
       shift1 = kind == kEnd ? shifts_.select(0, -1) : shift1.detach();
     }
-    rk_step(t1, shift1);
+    rk_step(t1, dt, shift1);
     double coef[kMaxTerms];
     const Row& row = table_.b_err;
     for (size_t j = 0; j < row.weight.size(); ++j) coef[j] = direction_ * dt * row.weight[j];
@@ -467,7 +468,7 @@ Step Run::adaptive_step() {
     dt_ = decision.next_dt;
     if (decision.accepted) {
       report(on_accept_, dt);
-      const Step step = accepted(t1, shift1);
+      const Step step = accepted(t1, dt, shift1);
       // parity: the last stage is the next step's f0, for every method.
       f0_ = kind == kJump ? call_at_state(shift0_, 1) : k_.back();
       return step;
@@ -487,13 +488,13 @@ Step Run::fixed_step(double t1, const at::Tensor& shift1) {
   dt_ = t1 - t0_;
   report(on_step_, dt_);
   f0_ = call_at_state(shift0_, perturb_ ? 1 : 0);
-  if (!rk_step(t1, shift1)) throw StepFailure{kNonfiniteField};
-  return accepted(t1, shift1);
+  if (!rk_step(t1, dt_, shift1)) throw StepFailure{kNonfiniteField};
+  return accepted(t1, dt_, shift1);
 }
 
 // Makes the candidate the state.
-Step Run::accepted(double t1, const at::Tensor& shift1) {
-  const Step step{t0_, t1, current_.flat, candidate_.flat, shift0_, shift1};
+Step Run::accepted(double t1, double dt, const at::Tensor& shift1) {
+  const Step step{t0_, t1, dt, current_.flat, candidate_.flat, shift0_, shift1};
   std::swap(current_, candidate_);
   t0_ = t1;
   shift0_ = shift1;
@@ -508,7 +509,7 @@ void Run::report(const py::object& callback, double dt) {
 
 // Rows begin to end of the outputs, all inside the step: one pass over its slopes.
 void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
-  const double dt = step.t1 - step.t0, signed_dt = direction_ * dt;
+  const double dt = step.dt, length = step.t1 - step.t0, signed_dt = direction_ * dt;
   for (size_t i = 0; i < dense_.extra_c.size(); ++i) {
     const double c_i = dense_.extra_c[i];
     const double t_i = c_i == 1 ? step.t1 : step.t0 + c_i * dt;
@@ -521,7 +522,7 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
   const int64_t rows = end - begin, stages = int64_t(dense_.stage.size());
   if (records(step.y0, dense_.stage)) {
     at::Tensor x = at::tensor(at::ArrayRef<double>(times_.data() + begin, size_t(rows)));
-    x = x.sub(step.t0).div(dt);
+    x = x.sub(step.t0).div(length);
     at::Tensor scale = at::tensor(signed_dt, at::kDouble);
     if (stretch_.defined()) {
       // The same quotient, with the gradients of the three times in it.
@@ -543,7 +544,7 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
   }
   std::vector<double> coef(size_t(rows * stages));
   for (int64_t row = 0; row < rows; ++row) {
-    const double x = (times_[begin + row] - step.t0) / dt;
+    const double x = (times_[begin + row] - step.t0) / length;
     for (int64_t j = 0; j < stages; ++j) {
       double w = 0;  // Horner
       for (auto term = dense_.weights[j].rbegin(); term != dense_.weights[j].rend(); ++term) {

@@ -6,7 +6,11 @@ import enum
 
 
 class Status(enum.IntEnum):
-    """How a solve ended; the numbers are shared with the C++ engine."""
+    """How a solve ended; the numbers are shared with the C++ engine.
+
+    NONFINITE_ERROR: the error relative to the tolerance is not finite although the state and its
+    slopes are, as where ``atol`` is 0 and the state vanishes.
+    """
 
     SUCCESS = 0
     MAX_STEPS = 1
@@ -14,6 +18,7 @@ class Status(enum.IntEnum):
     NONFINITE_FIELD = 3
     NONFINITE_STATE = 4
     EVENT = 5
+    NONFINITE_ERROR = 6
 
     @property
     def ok(self) -> bool:

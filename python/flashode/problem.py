@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ FIXED_OPTIONS = "step_size grid_constructor interp perturb norm".split()
 # torchdiffeq's default of 2**31 - 1 lets a stiff problem run for days; this is an order of
 # magnitude beyond what any DETEST problem takes at tolerance 1e-12.
 MAX_NUM_STEPS = 100_000
+
+# Grids are held in memory; this one takes 800 MB.
+MAX_GRID = 100_000_000
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)  # fmt: skip
@@ -130,7 +134,7 @@ class Problem:
             return y
         lead, ends = y.shape[:batch], self.offsets
         return tuple(
-            y[..., begin:end].reshape((*lead, *shape)).to(dtype)
+            _to(dtype, y[..., begin:end].reshape((*lead, *shape)))
             for begin, end, shape, dtype in zip(ends, ends[1:], self.shapes, self.dtypes)
         )
 
@@ -140,7 +144,7 @@ class Problem:
         A dtype of other precision is cast. Raises ArgumentTypeError or ArgumentError.
         """
         if self.shapes is None:
-            return self._member_slope(value, "func", self.y0.shape).contiguous()
+            return self._member_slope(value, "func", self.y0.shape, self.y0.dtype).contiguous()
         if isinstance(value, torch.Tensor) or not isinstance(value, (tuple, list)):
             raise ArgumentTypeError(
                 f"func must return a tuple of {len(self.shapes)} Tensors like y0, got {_kind(value)}"
@@ -151,12 +155,12 @@ class Problem:
             )
         return torch.cat(
             [
-                self._member_slope(v, f"func: member {i}", shape).reshape(-1)
-                for i, (v, shape) in enumerate(zip(value, self.shapes))
+                self._member_slope(v, f"func: member {i}", shape, dtype).reshape(-1)
+                for i, (v, shape, dtype) in enumerate(zip(value, self.shapes, self.dtypes))
             ]
         )
 
-    def _member_slope(self, value, name: str, shape) -> torch.Tensor:
+    def _member_slope(self, value, name: str, shape, dtype) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
             raise ArgumentTypeError(
                 f"{name} must return a Tensor of shape {tuple(shape)}, got {_kind(value)}"
@@ -168,8 +172,8 @@ class Problem:
             )
         if value.device != self.y0.device:
             raise ArgumentError(f"{name} returned a Tensor on {value.device}, y0 is on {self.y0.device}")
-        if value.is_complex() and not self.y0.is_complex():
-            raise ArgumentTypeError(f"{name} returned {value.dtype} for a state of {self.y0.dtype}")
+        if value.is_complex() and not dtype.is_complex:
+            raise ArgumentTypeError(f"{name} returned {value.dtype} for a state of {dtype}; return a real Tensor")
         if value.layout != torch.strided:
             raise ArgumentTypeError(f"{name} returned a {value.layout} Tensor; return a dense one")
         return value.to(self.y0.dtype).resolve_conj().resolve_neg()
@@ -178,10 +182,16 @@ class Problem:
         """The caller's norm of a flat scaled error, as a non-negative float."""
         value = self.norm(self.unflatten(scaled))
         if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = abs(value.item())
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ArgumentTypeError(f"norm must return a scalar Tensor or a float, got {_kind(value)}")
-        return abs(float(value))
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, numbers.Complex):
+            raise ArgumentTypeError(f"options['norm'] must return a scalar Tensor or a float, got {_kind(value)}")
+        if isinstance(value, complex):
+            value = abs(value)
+        if value < 0:
+            raise ArgumentError(f"options['norm'] must return a number that is not negative, got {value}")
+        if math.isnan(value) and torch.isfinite(scaled).all():
+            raise ArgumentError(f"options['norm'] returned {value} for a finite tensor")
+        return float(value)
 
     def report(self, callback, t0: float, y0: torch.Tensor, dt: float):
         """Calls one of the caller's callbacks, if there is one, with ``(t0, y0, dt)``."""
@@ -199,17 +209,20 @@ class Problem:
         chosen = _method(method)
         options = _options(options, chosen)
         times, direction = _times(t, "t")
+        if event_fn is not None and not callable(event_fn):
+            raise ArgumentTypeError(f"event_fn must be callable as event_fn(t, y), got {_kind(event_fn)}")
         if event_fn is not None and len(times) != 2:
             raise ArgumentError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(times)}.")
         if t.device != y0.device:
             if t.device.type != "cpu":
                 warnings.warn(f"t is not on the same device as y0 ({t.device}, {y0.device}). Coercing to y0.device.")
         _finite_state(y0, shapes, chosen)
+        if not chosen.adaptive and event_fn is None:
+            rtol = atol = 0.0  # ignored, whatever they are
         sizes = None if shapes is None else [s.numel() for s in shapes]
         rtol, atol = (_tolerance(n, v, y0, sizes) for n, v in (("rtol", rtol), ("atol", atol)))
         if chosen.adaptive:
-            if not isinstance(rtol, torch.Tensor) and not isinstance(atol, torch.Tensor) and rtol == atol == 0:
-                raise ArgumentError("rtol and atol are both 0; an adaptive method needs one of them positive")
+            _plausible(rtol, atol)
             rtol, atol = _floor(rtol, atol, y0)
             particular = _adaptive_fields(options, chosen, times[0], direction)
         else:
@@ -235,7 +248,17 @@ class Problem:
 
 
 def _kind(value) -> str:
+    """A value for an error message: short ones as they are, others by type and shape."""
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return f"{type(value).__name__} {value!r}" if value is not None else "None"
+    if isinstance(value, torch.Tensor):
+        return f"a Tensor of shape {tuple(value.shape)}"
     return type(value).__name__
+
+
+def _to(dtype, y: torch.Tensor) -> torch.Tensor:
+    """``y`` in another dtype; the imaginary part of a real member is zero."""
+    return (y if dtype.is_complex or not y.is_complex() else y.real).to(dtype)
 
 
 def _state(y0):
@@ -273,16 +296,20 @@ def _finite_state(y0, shapes, method):
     finite = torch.isfinite(y0.detach())
     if finite.all():
         return
-    bad = (~finite).nonzero()
-    index = bad[0].tolist()
-    where = f"element {index}"
+    bad = (~finite).reshape(-1).nonzero().reshape(-1)
+    place, member, shape = bad[0], "", y0.shape
+    value = y0.detach().reshape(-1)[place].item()
     if shapes is not None:
-        flat, member = index[0], 0
-        while flat >= shapes[member].numel():
-            flat -= shapes[member].numel()
-            member += 1
-        where = f"member {member}, flat element {flat}"
-    raise ArgumentError(f"y0 has {len(bad)} non-finite elements (the first: {where}); the state must be finite")
+        number = 0
+        while place >= shapes[number].numel():
+            place = place - shapes[number].numel()
+            number += 1
+        member, shape = f" of member {number}", shapes[number]
+    index = [int(i) for i in torch.unravel_index(place, shape)]
+    raise ArgumentError(
+        f"y0 must be finite; it has {len(bad)} non-finite element{'s' * (len(bad) > 1)}, "
+        f"the first is {value} at index {index}{member}"
+    )
 
 
 def _method(method) -> Method:
@@ -324,6 +351,8 @@ def _times(t, name) -> tuple[list[float], float]:
         raise ArgumentTypeError(f"`{name}` must be a floating point Tensor but is a {t.dtype}")
     if t.ndim != 1:
         raise ArgumentError(f"{name} must be one dimensional, got shape {tuple(t.shape)}")
+    if t.layout != torch.strided or t.device.type == "meta":
+        raise ArgumentTypeError(f"{name} must hold dense data, got layout {t.layout} on {t.device}")
     if t.numel() == 0:
         raise ArgumentError(f"{name} is empty; it must hold at least the initial time")
     values = t.tolist()
@@ -377,12 +406,31 @@ def _one_tolerance(name, value, y0, shape):
             raise ArgumentError(
                 f"{name} has shape {tuple(value.shape)}, which does not broadcast to the state's {tuple(shape)}"
             ) from None
-    if isinstance(value, (bool, complex, str)) or not hasattr(value, "__float__"):
+    number = _real(value)
+    if number is None:
         raise ArgumentTypeError(f"{name} must be a number or a Tensor, got {_kind(value)}")
-    number = float(value)
     if not math.isfinite(number) or number < 0:
         raise ArgumentError(f"{name} must be finite and not negative, got {number}")
     return number
+
+
+def _real(value) -> float | None:
+    """A real number of any library as a float; None for everything else."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return float(value)
+
+
+def _plausible(rtol, atol):
+    """Two tolerances that error control can work with."""
+    if isinstance(rtol, torch.Tensor) or isinstance(atol, torch.Tensor):
+        return
+    if rtol == atol == 0:
+        raise ArgumentError("rtol and atol are both 0; an adaptive method needs one of them positive")
+    if rtol > 0.1:
+        warnings.warn(f"rtol is {rtol}: errors as large as the solution would pass", stacklevel=2)
 
 
 def _wide(y0) -> torch.dtype:
@@ -409,33 +457,34 @@ def _floor(rtol, atol, y0):
     return tuple(floored)
 
 
-def _number(options, name, default, *, low=-math.inf, high=math.inf, strict=False):
+def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, finite=True):
     value = options.get(name, default)
     if value is default:
         return default
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = _real(value)
+    if number is None:
         raise ArgumentTypeError(f"options[{name!r}] must be a number, got {_kind(value)}")
-    if math.isnan(value) or value < low or value > high or (strict and value == low):
-        bound = f"greater than {low}" if strict else f"at least {low}"
-        upper = "" if math.isinf(high) else f" and at most {high}"
-        raise ArgumentError(f"options[{name!r}] must be {bound}{upper}, got {value}")
-    return value
+    if math.isnan(number) or number < low or number > high or (strict and number == low):
+        bound = f"greater than {low:g}" if strict else f"at least {low:g}"
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ArgumentError(f"options[{name!r}] must be {bound}{upper}, got {number}")
+    if finite and math.isinf(number):
+        raise ArgumentError(f"options[{name!r}] must be finite, got {number}")
+    return number
 
 
 def _adaptive_fields(options, method: Method, begin: float, direction: float) -> dict:
     control = Controller(
         order=method.order,
-        safety=_number(options, "safety", 0.9, low=0, high=1, strict=True),
+        safety=_number(options, "safety", 0.9, high=1, strict=True),
         ifactor=_number(options, "ifactor", 10.0, low=1),
-        dfactor=_number(options, "dfactor", 0.2, low=0, high=1, strict=True),
-        min_step=_number(options, "min_step", 0.0, low=0),
-        max_step=_number(options, "max_step", math.inf, low=0, strict=True),
+        dfactor=_number(options, "dfactor", 0.2, high=1, strict=True),
+        min_step=_number(options, "min_step", 0.0),
+        max_step=_number(options, "max_step", math.inf, strict=True, finite=False),
     )
     if control.min_step > control.max_step:
         raise ArgumentError(f"options['min_step'] is {control.min_step}, above options['max_step'], {control.max_step}")
-    limit = _number(options, "max_num_steps", MAX_NUM_STEPS, low=1)
+    limit = min(_number(options, "max_num_steps", MAX_NUM_STEPS, low=1, finite=False), 2**31 - 1)
     if limit != int(limit):
         raise ArgumentError(f"options['max_num_steps'] must be a whole number, got {limit}")
     if options.get("dtype", torch.float64) not in (torch.float32, torch.float64):
@@ -443,14 +492,14 @@ def _adaptive_fields(options, method: Method, begin: float, direction: float) ->
         raise ArgumentError(f"options['dtype'] must be torch.float32 or torch.float64, got {options['dtype']}")
     norm = options.get("norm")
     if norm is not None and not callable(norm):
-        raise ArgumentTypeError(f"options['norm'] must be callable, got {norm!r}")
-    first_step = _number(options, "first_step", None, low=0, strict=True)
+        raise ArgumentTypeError(f"options['norm'] must be callable, got {_kind(norm)}")
+    first_step = _number(options, "first_step", None, strict=True)
     overshoot = bool(options.get("overshoot", False))
     return {
         "control": control,
         "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
         "first_step": first_step,
-        "max_num_steps": int(min(limit, 2**31 - 1)),
+        "max_num_steps": int(limit),
         "overshoot": overshoot,
         "norm": norm,
         "stops": _stops(options, begin, direction),
@@ -464,7 +513,10 @@ def _stops(options, begin, direction):
         values = options.get(name)
         if values is None:
             continue
-        values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+        try:
+            values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentTypeError(f"options[{name!r}] must hold times, got {_kind(values)}") from error
         if any(math.isnan(v) for v in values):
             raise ArgumentError(f"options[{name!r}] holds NaN")
         # parity: times before the start are dropped in silence.
@@ -479,19 +531,17 @@ def _fixed_fields(options, method: Method, func, y0, t, times, direction, event_
     interp = options.get("interp", "linear")
     if interp not in ("linear", "cubic"):
         raise ArgumentError(f"Unknown interpolation method {interp!r}; options['interp'] is 'linear' or 'cubic'")
-    step_size = _number(options, "step_size", None, low=0, strict=True)
+    step_size = _number(options, "step_size", None, strict=True)
     constructor = options.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
-    if step_size is not None and math.isinf(step_size):
-        raise ArgumentError("options['step_size'] must be finite, got inf")
     if event_fn is not None and step_size is None:
         raise ArgumentError("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
     clock = direction * t.to("cpu", torch.float64)
     if event_fn is not None:
         grid = clock[:1]
     elif step_size is not None:
-        grid = _even_grid(clock, times, float(step_size))
+        grid = _even_grid(clock, times, step_size)
     elif constructor is not None:
         grid = _constructed_grid(constructor, func, y0, t, times, direction)
     else:
@@ -507,8 +557,10 @@ def _fixed_fields(options, method: Method, func, y0, t, times, direction, event_
 def _even_grid(clock, times, step_size):
     """``t[0] + i * step_size`` while before the end, then the end itself."""
     steps = (times[-1] - times[0]) / step_size
-    if steps > 2**31 - 1:
-        raise ArgumentError(f"options['step_size'] = {step_size} asks for {steps:.3g} steps; at most 2**31 - 1 are possible")
+    if steps > MAX_GRID:
+        raise ArgumentError(f"options['step_size'] = {step_size} asks for {steps:.3g} steps; at most {MAX_GRID:.0e} are possible")
+    if step_size < math.ulp(max(-times[0], times[-1])):
+        raise ArgumentError(f"options['step_size'] = {step_size} is below the resolution of t at {times[-1]!r}")
     # A quotient that is whole up to rounding must not add a step of no length.
     whole = max(1, math.ceil(steps * (1 - 4 * torch.finfo(torch.float64).eps))) if len(times) > 1 else 0
     inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64)

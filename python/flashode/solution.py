@@ -96,19 +96,20 @@ def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
 
 def _failure(problem, outcome: Outcome) -> SolveError:
     t, dt = problem.direction * outcome.t, problem.direction * outcome.dt
-    reason, culprit = _cause(outcome)
+    reason, culprit = _cause(problem, outcome)
     index = None if culprit is None else _first_nonfinite(problem, culprit)
-    where = "" if index is None else f"; first at element {list(index)}"
-    value = "" if index is None else f" ({_element(problem, culprit, index)})"
+    where = "" if index is None else f" ({_element(problem, culprit, index)} at element {list(index)})"
     text, remedy = {
         Status.NONFINITE_FIELD: (
-            f"func returned non-finite values{value} near t={t!r}{where}",
-            "check func for overflow, division by zero, or arguments outside its domain",
+            f"func returned non-finite values{where} in the step from t={t!r}, the last good state",
+            "check func for overflow, division by zero, or arguments outside its domain; or the "
+            "solution itself grows beyond its dtype",
         ),
         Status.NONFINITE_STATE: (
-            f"non-finite values in state `y`{value} after t={t!r}{where}",
+            f"non-finite values in state `y`{where} after t={t!r}, the last good state",
             "the solution overflows its dtype, or leaves the domain of func",
         ),
+        Status.NONFINITE_ERROR: _nonfinite_error(problem, outcome, t, index),
         Status.STEP_UNDERFLOW: (
             f"underflow in dt {dt!r} at t={t!r}: the error test fails however small the step "
             f"(error ratio {outcome.error_ratio:.3g})",
@@ -139,14 +140,38 @@ def _failure(problem, outcome: Outcome) -> SolveError:
     )
 
 
-def _cause(outcome: Outcome):
-    """The true reason behind a step that could not be taken, and the tensor that shows it."""
-    if outcome.status == Status.MAX_STEPS or math.isfinite(outcome.error_ratio):
+def _nonfinite_error(problem, outcome: Outcome, t, index):
+    """What went wrong, and the remedy, where only the error estimate is not finite."""
+    start = f"the error relative to the tolerance is {outcome.error_ratio} at t={t!r}, though y and func are finite: "
+    if index is not None:
+        return (
+            f"{start}the tolerance atol + rtol * |y| is 0 at element {list(index)}",
+            "give an atol above 0, or a state that never vanishes",
+        )
+    if problem.norm is not None:
+        return f"{start}options['norm'] overflows", "return a finite norm of a finite tensor"
+    return (
+        f"{start}its norm overflows",
+        "func is more than 1e150 times steeper than rtol and atol allow for; rescale the problem or loosen them",
+    )
+
+
+def _cause(problem, outcome: Outcome):
+    """The true reason behind a step that could not be taken, and a tensor that is not finite at
+    the element to blame, if one is."""
+    explained = outcome.status == Status.MAX_STEPS or not outcome.k
+    if explained or (outcome.status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio)):
         return outcome.status, None
     for k in outcome.k:
         if not torch.isfinite(k).all():
             return Status.NONFINITE_FIELD, k
-    return Status.NONFINITE_STATE, outcome.y1
+    if not torch.isfinite(outcome.y1).all():
+        return Status.NONFINITE_STATE, outcome.y1
+    if not problem.adaptive or math.isfinite(outcome.error_ratio):
+        return Status.NONFINITE_STATE, None  # an output between steps
+    tolerance = problem.atol + problem.rtol * outcome.y1.detach().abs().reshape(-1)
+    vanished = (tolerance == 0).reshape(outcome.y1.shape)
+    return Status.NONFINITE_ERROR, torch.where(vanished, math.nan, 0.0)
 
 
 def _first_nonfinite(problem, flat: torch.Tensor):

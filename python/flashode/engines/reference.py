@@ -75,6 +75,11 @@ def mean_square_norm(x, offsets):
     return math.nan if any(math.isnan(n) for n in norms) else max(norms, default=0.0)
 
 
+def version_of(y):
+    """Equal before and after a call only where the call left ``y`` alone."""
+    return object() if y.is_inference() else y._version  # inference tensors do not count
+
+
 # ---- one solve -----------------------------------------------------------------------------
 
 
@@ -95,6 +100,7 @@ class Step:
 
     t0: float
     t1: float
+    dt: float
     y0: torch.Tensor
     y1: torch.Tensor
     k: list[torch.Tensor]
@@ -179,9 +185,9 @@ class Run:
         d2 = self.error_norm(scaled_error(wide(f1) - wide(f0), y0, y0, self.rtol, self.atol)) / h0
         return initial_step(h0, d1, d2, p.control.order)
 
-    def rk_step(self, f0, t1, shift1):
+    def rk_step(self, f0, t1, dt, shift1):
         """All stages from ``(t0, y0)`` to ``t1``; returns the slopes and the candidate ``y1``."""
-        p, t0, dt = self.p, self.t0, t1 - self.t0
+        p, t0 = self.p, self.t0
         signed_dt = p.direction * dt
         if shift1 is not None:
             signed_dt = signed_dt + p.direction * (shift1 - self.shift0)
@@ -194,13 +200,13 @@ class Run:
             shift_i = None if shift1 is None else self.shift0 + c_i * (shift1 - self.shift0)
             coef = [a_ij * signed_dt for a_ij in self.a[i]]
             y_i = combine(self.y0, k, coef)
-            version = y_i._version
+            version = version_of(y_i)
             # parity: a stage at the end of the step sees the time just before it, so that a
             # field that jumps there is taken from the left.
             nudge = -1 if at_end and (p.adaptive or p.perturb) else 0
             k_i = self.call(t_i, y_i, shift_i, nudge)
             if fsal and i == len(self.c) - 1:
-                y1 = y_i if y_i._version == version else combine(self.y0, k, coef)
+                y1 = y_i if version_of(y_i) == version else combine(self.y0, k, coef)
             k.append(k_i)
         if y1 is None:
             y1 = combine(self.y0, k, [b_j * signed_dt for b_j in self.b])
@@ -231,12 +237,14 @@ class Run:
             t1, kind = self.landing(self.t0 + self.dt)
             if not t1 > self.t0:
                 raise StepFailure(Status.STEP_UNDERFLOW)
-            self.dt = dt = t1 - self.t0
+            # A free step keeps its own length: t1 - t0 is rounded. No rounding lengthens a step,
+            # or one of min_step would be refused, and one near the resolution of t never shrink.
+            self.dt = dt = self.dt if kind == _FREE else min(self.dt, t1 - self.t0)
             p.report(on_step, self.t0, self.y0, dt)
             shift1 = self.shift0
             if shift1 is not None and kind != _FREE:
                 shift1 = self.shifts[-1] if kind == _END else torch.zeros_like(shift1)
-            k, y1 = self.rk_step(self.f0, t1, shift1)
+            k, y1 = self.rk_step(self.f0, t1, dt, shift1)
             self.k, self.y1 = k, y1
             error = weighted_sum(k, [p.direction * dt * e_j for e_j in self.b_err]).detach()
             ratio = scaled_error(error, self.y0.detach(), y1.detach(), self.rtol, self.atol)
@@ -244,7 +252,7 @@ class Run:
             self.dt = next_step(self.error_ratio, dt, p.control)
             if accept(self.error_ratio, dt, p.control):
                 p.report(on_accept, self.t0, self.y0, dt)
-                step = Step(self.t0, t1, self.y0, y1, k, self.shift0, shift1)
+                step = Step(self.t0, t1, dt, self.y0, y1, k, self.shift0, shift1)
                 # parity: the last stage is the next step's f0, for every method.
                 self.f0 = self.call(t1, y1.clone(), shift1, nudge=1) if kind == _JUMP else k[-1]
                 self.t0, self.y0, self.shift0 = t1, y1, shift1
@@ -263,13 +271,13 @@ class Run:
         self.dt = t1 - self.t0
         p.report(p.callbacks[0], self.t0, self.y0, self.dt)
         f0 = self.call(self.t0, self.y0.clone(), self.shift0, nudge=1 if p.perturb else 0)
-        self.k, self.y1 = self.rk_step(f0, t1, shift1)
+        self.k, self.y1 = self.rk_step(f0, t1, self.dt, shift1)
         # A fixed-step solve on a GPU never waits for the device, not even for this check.
         if self.y1.device.type == "cpu" and not torch.isfinite(self.y1).all():
             self.error_ratio = math.nan
             raise StepFailure(Status.NONFINITE_FIELD)
         self.error_ratio = 0.0
-        step = Step(self.t0, t1, self.y0, self.y1, self.k, self.shift0, shift1)
+        step = Step(self.t0, t1, self.dt, self.y0, self.y1, self.k, self.shift0, shift1)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
         self.accepted += 1
         self.accepted_times.append(t1)
@@ -279,8 +287,8 @@ class Run:
         """The solution at forward ``times`` inside a step, one row each."""
         p, dense = self.p, self.p.dense
         times = torch.tensor(times, dtype=torch.float64)
-        dt = step.t1 - step.t0
-        x, signed_dt = (times - step.t0) / dt, p.direction * dt
+        dt = step.dt
+        x, signed_dt = (times - step.t0) / (step.t1 - step.t0), p.direction * dt
         if step.shift0 is not None:
             # The same quotient, with the gradients of the three times in it.
             stretch = step.shift1 - step.shift0
@@ -293,7 +301,12 @@ class Run:
             shift_i = None if step.shift0 is None else step.shift0 + float(c_i) * stretch
             k.append(self.call(t_i, combine(step.y0, k, coef), shift_i))
         coef = weights_at(dense, x) * signed_dt
-        return [combine(step.y0, k, row if row.requires_grad else row.tolist()) for row in coef]
+        rows = [combine(step.y0, k, row if row.requires_grad else row.tolist()) for row in coef]
+        # The extra stages were not seen by the error test.
+        if step.y0.device.type == "cpu" and not all(torch.isfinite(row).all() for row in rows):
+            self.k = k
+            raise StepFailure(Status.NONFINITE_FIELD)
+        return rows
 
     def emit(self, step: Step):
         """Appends every output that lies in the step: its end as computed, others in between."""

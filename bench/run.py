@@ -1,0 +1,280 @@
+"""Times flashode against torchdiffeq: ``python bench/run.py [case ...]``.
+
+Equality comes first: each contestant's result is compared with a more accurate one, and a contest
+in which one is further off than allowed is refused, not timed (exit code 1). Then the contestants
+take turns (ABAB...) in one process, pinned to as many cores as threads are used. Figures
+are medians over the turns; ratios and differences are taken turn by turn, then the median. On one
+CPU thread the clock is the process's own CPU time, which leaves out what other processes take of
+the core (though not what they take of caches and memory); otherwise it is the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import flashode
+import torch
+from cases import CASES, Contest
+
+# ---- one contest ---------------------------------------------------------------------------
+
+
+class Counted(torch.nn.Module):
+    """A field that counts its calls."""
+
+    def __init__(self, func):
+        super().__init__()
+        self.func, self.calls = func, 0
+
+    def forward(self, t, y):
+        self.calls += 1
+        return self.func(t, y)
+
+
+def difference(result, truth) -> float:
+    """Largest difference, relative to the largest entry of each tensor of the truth; NaN if there is one."""
+    result, truth = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (result, truth))
+    if [x.shape for x in result] != [x.shape for x in truth]:
+        return math.inf
+    worst = 0.0
+    for x, exact in zip(result, truth):
+        x, exact = x.detach().double(), exact.detach().double()
+        scale = exact.abs().max()
+        worst = max(worst, ((x - exact).abs().max() / scale.clamp(min=torch.finfo(torch.float64).tiny)).item(), key=_nan_first)
+    return worst
+
+
+def _nan_first(x):
+    return (math.isnan(x), x)
+
+
+def check(contest: Contest) -> dict:
+    """Difference and number of calls of every contestant, by name."""
+    truth, rows = contest.truth(), {}
+    for name, run in contest.contestants.items():
+        func = None if contest.func is None else Counted(contest.func)
+        rows[name] = {"difference": difference(run(func), truth), "nfe": func.calls if func else None}
+    return rows
+
+
+@dataclass
+class Timer:
+    """How to time: ``clock`` in seconds, ``wait`` until the device is idle, and when to stop."""
+
+    clock: Callable = time.perf_counter
+    wait: Callable = lambda: None
+    repeats: int = 25
+    seconds: float = 40
+
+
+def interleave(runs: dict, timer: Timer) -> dict:
+    """Seconds per run of each, turn by turn; less than ``repeats`` turns when ``seconds`` run out."""
+
+    def timed(run, number):
+        timer.wait()
+        begin = timer.clock()
+        for _ in range(number):
+            run()
+        timer.wait()
+        return (timer.clock() - begin) / number
+
+    # Short runs are repeated, so that a turn is long beside the clock and the wait.
+    numbers = {name: max(1, round(2e-3 / min(timed(run, 1) for _ in range(2)))) for name, run in runs.items()}
+    turns = {name: [] for name in runs}
+    begin = time.perf_counter()
+    for turn in range(timer.repeats):
+        if turn >= 3 and time.perf_counter() - begin > timer.seconds:
+            break
+        for name, run in runs.items():
+            turns[name].append(timed(run, numbers[name]))
+    return turns
+
+
+def measure(contest: Contest, timer: Timer) -> dict:
+    """Checks a contest, then times it unless a contestant is refused."""
+    with torch.set_grad_enabled(contest.grad), contest.within():
+        rows = check(contest)
+        refused = [name for name, row in rows.items() if not row["difference"] <= contest.bound]
+        report = {"name": contest.name, "bound": contest.bound, "refused": refused, "rows": rows}
+        if refused:
+            return report
+        runs = {name: lambda run=run: run(contest.func) for name, run in contest.contestants.items()}
+        runs = contest.yardsticks | runs
+        calls = list(rows.values())[-1]["nfe"]
+        if contest.at:
+            runs["func alone"] = lambda: _call(contest.func, contest.at, calls)
+        turns = interleave(runs, timer)
+    report["against"] = base = next(iter(runs))
+    alone = turns.get("func alone")
+    report["rows"] = {name: rows.get(name, {}) for name in runs}
+    for name, row in report["rows"].items():
+        own, nfe = turns[name], row.get("nfe")
+        q1, median, q3 = statistics.quantiles(own, n=4, method="inclusive")
+        row |= {"seconds": {"median": median, "q1": q1, "q3": q3, "turns": len(own)}}
+        if name != "func alone":
+            row["speed"] = statistics.median(b / a for a, b in zip(own, turns[base]))
+        beyond = median
+        if alone and nfe:
+            per_call = statistics.median(a / nfe - b / calls for a, b in zip(own, alone))
+            row["us_per_call"], beyond = 1e6 * per_call, nfe * per_call
+        if contest.moved and name != "func alone":
+            row["gb_per_s"] = contest.moved(nfe) / beyond / 1e9
+    return report
+
+
+def _call(func, arguments, calls):
+    for _ in range(calls):
+        func(*arguments)
+
+
+# ---- the surroundings ----------------------------------------------------------------------
+
+
+def surroundings(device: str) -> dict:
+    """What a reader needs to judge the figures; neither paths nor host names."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("FLASHODE_COMMIT"),
+        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "torchdiffeq", "flashode")},
+        "build": {k: _without_paths(v) for k, v in flashode.build_config().items()},
+    }
+
+
+def _git(*arguments):
+    folder = Path(__file__).parent
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model():
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _without_paths(value):
+    return re.sub(r"(/[^\s/:]+)+/", "", value) if isinstance(value, str) else value
+
+
+@contextlib.contextmanager
+def pinned(threads: int, device: str):
+    """Runs torch on so many threads, kept to as many cores; a GPU's own threads are left alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    cores = os.sched_getaffinity(0) if device == "cpu" and hasattr(os, "sched_setaffinity") else None
+    if cores:
+        os.sched_setaffinity(0, sorted(cores)[-threads:])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+# ---- the table -----------------------------------------------------------------------------
+
+_LINE = "{:<19} {:<11} {:>6} {:>9} {:>9} {:>9} {:>8} {:>6} {:>7} {:>8}"
+
+
+def _time(seconds):
+    unit, scale = next((u, x) for u, x in (("s", 1), ("ms", 1e-3), ("us", 1e-6)) if seconds >= x or u == "us")
+    return f"{seconds / scale:.{2 if seconds < 100 * scale else 1}f} {unit}"
+
+
+def show(report: dict):
+    """The lines of one contest; a dash where a figure makes no sense."""
+
+    def number(row, key, form):
+        value = row.get(key)
+        return "-" if value is None else format(value, ".0f" if form == ".2f" and value >= 1000 else form)
+
+    name = report["name"]
+    for contestant, row in report["rows"].items():
+        seconds = row.get("seconds")
+        times = [_time(seconds[key]) for key in ("median", "q1", "q3")] if seconds else ["-"] * 3
+        print(_LINE.format(
+            name, contestant, number(row, "nfe", "d"), *times, number(row, "us_per_call", ".2f"),
+            number(row, "gb_per_s", ".1f"), number(row, "speed", ".2f"), number(row, "difference", ".1e"),
+        ), flush=True)  # fmt: skip
+        name = ""
+    if report["refused"]:
+        print(f"  REFUSED, not timed: {', '.join(report['refused'])} differs by more than {report['bound']:.1e}", flush=True)
+
+
+# ---- the command ---------------------------------------------------------------------------
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", nargs="*", help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="small sizes and 3 turns: does it run?")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, help="turns of each contest (default 25; 3 if quick)")
+    parser.add_argument("--seconds", type=float, default=40, help="after which a contest has turns enough")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args(arguments)
+    if unknown := set(args.case) - set(CASES):
+        parser.error(f"no case named {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    timer = Timer(repeats=args.repeats or (3 if args.quick else 25), seconds=args.seconds)
+    if args.device == "cuda":
+        timer.wait = torch.cuda.synchronize
+    elif args.threads == 1:
+        timer.clock = time.process_time
+    settings = {
+        "device": args.device, "threads": args.threads, "quick": args.quick, "repeats": timer.repeats,
+        "clock": timer.clock.__name__,
+    }  # fmt: skip
+    document = surroundings(args.device) | {"settings": settings, "contests": []}
+    print(headline(document))
+    print(_LINE.format("contest", "contestant", "calls", "median", "25 %", "75 %", "us/call", "GB/s", "speed", "off by"))
+    with pinned(args.threads, args.device):
+        for case in [name for name in CASES if name in args.case or not args.case]:
+            for contest in CASES[case](args.device, args.quick):
+                report = {"case": case} | measure(contest, timer)
+                show(report)
+                document["contests"].append(report)
+                if args.json:  # after every contest, in case a time limit ends the run
+                    args.json.write_text(json.dumps(document, indent=1) + "\n")
+    print("\nus/call: solver cost per call of func beyond the call itself. speed: times as fast as the\n"
+          "first line of the contest. off by: largest difference from a more accurate answer.")  # fmt: skip
+    return int(any(report["refused"] for report in document["contests"]))
+
+
+def headline(document: dict) -> str:
+    machine, versions = document["machine"], document["versions"]
+    commit = (document["commit"] or "unknown commit")[:9] + ("+changes" if document["dirty"] else "")
+    return (
+        f"flashode {versions['flashode']} ({commit}), torchdiffeq {versions['torchdiffeq']}, torch {versions['torch']}, "
+        f"python {versions['python']}\n{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
+        f"{document['settings']['threads']} thread, {document['date']}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

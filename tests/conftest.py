@@ -1,0 +1,40 @@
+"""Options and fixtures that all tests share."""
+
+import pytest
+import torch
+
+import flashode
+from flashode import extension
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device that the states live on: cpu or cuda")
+
+
+def pytest_report_header(config):
+    build = flashode.build_config()
+    return f"flashode {flashode.__version__}: " + ", ".join(f"{k}={v}" for k, v in build.items() if k != "python")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(params=["reference", "native"])
+def engine(request):
+    if request.param == "native" and extension.C is None:
+        pytest.skip(f"no compiled extension: {extension.missing}")
+    return request.param
+
+
+@pytest.fixture
+def native():
+    if extension.C is None:
+        pytest.skip(f"no compiled extension: {extension.missing}")
+    return "native"
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,134 @@
+// What tests/test_cuda_on_host.py calls: the operations of both devices, and what they are made of.
+
+#include "translated.cu"  // csrc/kernels/cuda.cu, its launch turned into a call of the emulator
+
+using namespace flashode;
+
+namespace {
+
+// What every operation reads.
+struct Operands {
+  int dtype, count;
+  int64_t n, rows, members;
+  const void *y0, *y1;
+  const void* const* k;
+  const double* coef;
+  double rtol, atol;
+  const void *each_rtol, *each_atol;
+  const int64_t* offsets;
+
+  Dtype type() const { return Dtype(dtype); }
+  Terms terms() const {
+    Terms terms;
+    terms.count = count;
+    std::copy_n(k, count, terms.k);
+    return terms;
+  }
+  Tolerance tolerance() const { return {rtol, atol, each_rtol, each_atol}; }
+  Members split() const { return {members, offsets}; }
+};
+
+struct Control {
+  int order;
+  double safety, ifactor, dfactor, min_step, max_step;
+  operator Controller() const { return {order, safety, ifactor, dfactor, min_step, max_step}; }
+};
+
+// ---- for the sum over a block, and for the emulator itself -----------------------------------
+
+__global__ void two_sums(const double* value, double* sum) {
+  for (int i = threadIdx.x; i < 2 * cuda::kThreads; i += cuda::kThreads) {
+    sum[i] = cuda::block_sum(value[i]);
+  }
+}
+
+__global__ void some_leave_before_a_barrier() {
+  if (threadIdx.x == 1) return;
+  __syncthreads();
+}
+
+__global__ void two_barriers() {
+  if (threadIdx.x == 1) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void null_is_read() { *static_cast<volatile double*>(nullptr); }
+
+__global__ void nothing() {}
+
+}  // namespace
+
+extern "C" {
+
+int threads_per_block() { return cuda::kThreads; }
+
+// What follows does not depend on `seed`, which orders blocks and threads.
+void schedule(uint64_t seed, int64_t max_blocks) {
+  on_host::chance.seed(seed);
+  cuda::kMaxBlocks = max_blocks;
+}
+
+const char* error_text(int error) { return cuda::error_text(error); }
+
+int cuda_combine(const Operands& a, void* out, void* t, double time) {
+  return cuda::combine(a.type(), a.n, a.y0, a.terms(), a.coef, a.rows, out, {t, time}, nullptr);
+}
+void cpu_combine(const Operands& a, void* out) {
+  cpu::combine(a.type(), a.n, a.y0, a.terms(), a.coef, a.rows, out, 1);
+}
+
+int cuda_scaled_error(const Operands& a, void* out) {
+  return cuda::scaled_error(a.type(), a.n, a.y0, a.y1, a.terms(), a.coef, a.tolerance(), out,
+                            nullptr);
+}
+void cpu_scaled_error(const Operands& a, void* out) {
+  cpu::scaled_error(a.type(), a.n, a.y0, a.y1, a.terms(), a.coef, a.tolerance(), out, 1);
+}
+
+int64_t norm_scratch_bytes(int64_t longest, int64_t members) {
+  return cuda::norm_scratch_bytes(longest, members);
+}
+int cuda_error_norm(const Operands& a, int64_t longest, void* scratch, double* norm,
+                    Decision* decision, double dt, const Control& control) {
+  return cuda::error_norm(a.type(), longest, a.y0, a.y1, a.terms(), a.coef, a.tolerance(),
+                          a.split(), scratch, norm, decision, dt, control, nullptr);
+}
+double cpu_error_norm(const Operands& a) {
+  return cpu::error_norm(a.type(), a.y0, a.y1, a.terms(), a.coef, a.tolerance(), a.split(), 1);
+}
+void decision_of(double norm, double dt, const Control& control, Decision* decision) {
+  *decision = decide(norm, dt, control);
+}
+
+void widen_all(int dtype, const uint16_t* bits, float* wide, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    wide[i] = Dtype(dtype) == Dtype::f16 ? widen(Half{bits[i]}) : widen(BFloat16{bits[i]});
+  }
+}
+void narrow_all(int dtype, const float* wide, uint16_t* bits, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = wide[i];
+    bits[i] = Dtype(dtype) == Dtype::f16 ? narrow<Half>(x).bits : narrow<BFloat16>(x).bits;
+  }
+}
+void round_times(int dtype, const double* t, int nudge, double* rounded, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) rounded[i] = round_time(t[i], nudge, Dtype(dtype));
+}
+
+int sum_twice(const double* value, double* sum) {
+  return cuda::launch(two_sums, dim3(1), nullptr, value, sum);
+}
+int faulty(int fault) {
+  switch (fault) {
+    case 0: return cuda::launch(some_leave_before_a_barrier, dim3(1), nullptr);
+    case 1: return cuda::launch(two_barriers, dim3(1), nullptr);
+    case 2: return cuda::launch(null_is_read, dim3(1), nullptr);
+    case 3: return cuda::launch(nothing, dim3(0), nullptr);
+    default: return cuda::launch(nothing, dim3(1, 65536), nullptr);
+  }
+}
+
+}  // extern "C"
