@@ -120,7 +120,8 @@ class Run {
   const Interpolant& dense_;
   const at::Tensor y_begin_;
   const c10::OptionalDeviceGuard device_;
-  const bool adaptive_, grad_mode_, with_time_gradient_, overshoot_, perturb_, has_norm_;
+  const bool adaptive_, grad_mode_, with_time_gradient_, overshoot_, perturb_, has_norm_,
+      steps_on_times_;
   const double direction_;
   const int64_t max_num_steps_;
   const std::vector<double> times_;
@@ -163,6 +164,7 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
       overshoot_(p_.attr("overshoot").cast<bool>()),
       perturb_(p_.attr("perturb").cast<bool>()),
       has_norm_(!p_.attr("norm").is_none()),
+      steps_on_times_(p_.attr("steps_on_times").cast<bool>()),
       direction_(p_.attr("direction").cast<double>()),
       max_num_steps_(p_.attr("max_num_steps").cast<int64_t>()),
       times_(p_.attr("times").cast<std::vector<double>>()),
@@ -565,7 +567,7 @@ void Run::emit(const Step& step) {
   if (end == begin) return;
   trials_ = 0;
   bool at_end = times_[end - 1] == step.t1;
-  if (at_end && step.shift0.defined() && adaptive_ && end < int64_t(times_.size())) {
+  if (at_end && step.shift0.defined() && !steps_on_times_ && end < int64_t(times_.size())) {
     at_end = false;  // the value is y1; its gradient in this output time needs the slope there
   }
   const int64_t inner = at_end ? end - 1 : end;

@@ -279,6 +279,7 @@ struct Combine : public torch::autograd::Function<Combine> {
     const at::ScalarType wide = wide_type(g.scalar_type());
     const at::Tensor rows = one_row ? coef.unsqueeze(0) : coef;
     const at::Tensor g_rows = (one_row ? g.unsqueeze(0) : g).to(wide);
+    const at::Tensor g_flat = g_rows.reshape({rows.size(0), g.numel() / rows.size(0)});
     const at::Tensor weights = rows.to(g.device(), wide);
     if (ctx->needs_input_grad(0)) result[0] = one_row ? g : g_rows.sum(0).to(g.scalar_type());
     for (int64_t j = 0; j < slopes; ++j) {
@@ -286,14 +287,14 @@ struct Combine : public torch::autograd::Function<Combine> {
       const at::Tensor w_j = weights.select(1, j);
       const at::Tensor grad =
           one_row ? at::mul(g_rows.select(0, 0), w_j.select(0, 0))
-                  : at::matmul(w_j, g_rows.flatten(1)).view(g_rows.sizes().slice(1));
+                  : at::matmul(w_j, g_flat).view(g_rows.sizes().slice(1));
       result[1 + j] = grad.to(g.scalar_type());
     }
     if (ctx->needs_input_grad(slopes + 1)) {
       std::vector<at::Tensor> columns;
-      const at::Tensor g_flat = g_rows.flatten(1).to(at::kDouble);
+      const at::Tensor g_double = g_flat.to(at::kDouble);
       for (int64_t j = 0; j < slopes; ++j) {
-        columns.push_back(at::matmul(g_flat, saved[1 + j].flatten().to(at::kDouble)));
+        columns.push_back(at::matmul(g_double, saved[1 + j].flatten().to(at::kDouble)));
       }
       const at::Tensor grad = at::stack(columns, 1).to(at::kCPU);
       result[slopes + 1] = one_row ? grad.select(0, 0) : grad;

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .engines import ENGINES, choose
 from .errors import ArgumentError, ArgumentTypeError
@@ -55,8 +54,16 @@ class _Adjoint(torch.autograd.Function):
         return outcome.ys, event_t
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_ys, _):
+        with torch.no_grad():
+            grads = _Adjoint.gradients(ctx, grad_ys)
+        if torch.is_grad_enabled():
+            grads = _FirstOnly.apply(torch.zeros((), requires_grad=True), *grads)
+        return None, None, None, None, *grads
+
+    @staticmethod
+    def gradients(ctx, grad_ys):
+        """To the state, the times and the parameters."""
         problem, spec = ctx.problem, ctx.spec
         t, ys, *params = ctx.saved_tensors
         needs_t = ctx.needs_input_grad[5]
@@ -78,7 +85,25 @@ class _Adjoint(torch.autograd.Function):
             grad_t[0] = vjp_t.real
             if problem.event_fn is not None:
                 grad_t[1:] = 0  # the event found its own time
-        return None, None, None, None, adj_y, grad_t if needs_t else None, *adj_params
+        return adj_y, grad_t if needs_t else None, *adj_params
+
+
+class _FirstOnly(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated.
+
+    Without it a second derivative would be taken for zero: these gradients have no graph.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, *grads):
+        return tuple(None if g is None else g.clone() for g in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "odeint_adjoint gives first derivatives only; for second ones (create_graph=True, gradient "
+            "penalties) use odeint, which differentiates the solver's own steps"
+        )
 
 
 class _AugmentedField:

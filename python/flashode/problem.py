@@ -47,6 +47,7 @@ class Problem:
         times: the same on the forward clock, as floats.
         grid: step ends of a fixed-step method on the forward clock (float64 tensor, may carry
             gradients of ``t``); None for adaptive methods.
+        steps_on_times: the grid is ``t`` itself.
         offsets: where the members of the state begin and end in the flat state.
         rtol, atol: floats, or flat tensors with one entry per element.
         norm: the caller's norm of the flat scaled error, or None for the default, the largest
@@ -75,6 +76,7 @@ class Problem:
     overshoot: bool = False
     stops: tuple[tuple[float, bool], ...] = ()
     grid: torch.Tensor | None = None
+    steps_on_times: bool = False
     perturb: bool = False
     callbacks: tuple[Callable | None, ...] = (None, None, None)
     event_fn: Callable | None = None
@@ -550,6 +552,7 @@ def _fixed_fields(options, method: Method, func, y0, t, times, direction, event_
         "control": Controller(order=method.order, max_step=step_size or math.inf),
         "dense": method.dense if interp == "linear" else hermite(method.tableau),
         "grid": grid,
+        "steps_on_times": grid is clock,
         "perturb": bool(options.get("perturb", False)),
     }
 

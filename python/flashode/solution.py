@@ -119,7 +119,8 @@ def _failure(problem, outcome: Outcome) -> SolveError:
         ),
         Status.MAX_STEPS: (
             f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps}) between "
-            f"two output times, at t={t!r} with dt={dt!r}",
+            f"two output times, at t={t!r} with dt={dt!r}"
+            + (f"; func returned non-finite values{where} in the last of them" if where else ""),
             "raise options={'max_num_steps': ...}; if the steps are far smaller than the solution "
             "looks, the problem is stiff and an explicit method cannot do better",
         ),
@@ -159,12 +160,14 @@ def _nonfinite_error(problem, outcome: Outcome, t, index):
 def _cause(problem, outcome: Outcome):
     """The true reason behind a step that could not be taken, and a tensor that is not finite at
     the element to blame, if one is."""
-    explained = outcome.status == Status.MAX_STEPS or not outcome.k
-    if explained or (outcome.status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio)):
-        return outcome.status, None
+    status = outcome.status
+    if not outcome.k or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio)):
+        return status, None
     for k in outcome.k:
         if not torch.isfinite(k).all():
-            return Status.NONFINITE_FIELD, k
+            return (status if status == Status.MAX_STEPS else Status.NONFINITE_FIELD), k
+    if status == Status.MAX_STEPS:
+        return status, None
     if not torch.isfinite(outcome.y1).all():
         return Status.NONFINITE_STATE, outcome.y1
     if not problem.adaptive or math.isfinite(outcome.error_ratio):

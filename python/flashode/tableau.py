@@ -16,7 +16,7 @@ Row = tuple[Fraction, ...]
 
 
 def row(*entries) -> Row:
-    """Exact numbers from ints, Fractions, or text such as ``"35/384"`` and ``"0.161"``."""
+    """Exact numbers from ints, Fractions, or text such as ``"2/3"`` and ``"0.161"``."""
     return tuple(Fraction(entry) for entry in entries)
 
 

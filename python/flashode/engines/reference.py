@@ -303,7 +303,7 @@ class Run:
         coef = weights_at(dense, x) * signed_dt
         rows = [combine(step.y0, k, row if row.requires_grad else row.tolist()) for row in coef]
         # The extra stages were not seen by the error test.
-        if step.y0.device.type == "cpu" and not all(torch.isfinite(row).all() for row in rows):
+        if step.y0.device.type == "cpu" and not torch.isfinite(torch.stack(rows)).all():
             self.k = k
             raise StepFailure(Status.NONFINITE_FIELD)
         return rows
@@ -316,7 +316,7 @@ class Run:
             return
         self.trials = 0
         at_end = p.times[end - 1] == step.t1
-        if at_end and step.shift0 is not None and p.adaptive and end < len(p.times):
+        if at_end and step.shift0 is not None and not p.steps_on_times and end < len(p.times):
             # The value is y1; its gradient in this output time needs the slope there.
             at_end = False
         inner = end - 1 if at_end else end
@@ -391,4 +391,6 @@ class Run:
         values = self.p.event_fn(self.stage_time(t, None, 0), self.p.unflatten(y))
         if not isinstance(values, torch.Tensor):
             raise ArgumentTypeError(f"event_fn must return a Tensor, got {type(values).__name__}")
+        if values.dtype == torch.bool:
+            values = 2.0 * values - 1  # a switch: False lies below zero
         return values.to(torch.float64)
