@@ -279,7 +279,7 @@ struct Combine : public torch::autograd::Function<Combine> {
     const at::ScalarType wide = wide_type(g.scalar_type());
     const at::Tensor rows = one_row ? coef.unsqueeze(0) : coef;
     const at::Tensor g_rows = (one_row ? g.unsqueeze(0) : g).to(wide);
-    const at::Tensor g_flat = g_rows.reshape({rows.size(0), g.numel() / rows.size(0)});
+    const at::Tensor g_flat = g_rows.unsqueeze(-1).flatten(1);  // also where y has no dimensions
     const at::Tensor weights = rows.to(g.device(), wide);
     if (ctx->needs_input_grad(0)) result[0] = one_row ? g : g_rows.sum(0).to(g.scalar_type());
     for (int64_t j = 0; j < slopes; ++j) {
@@ -287,7 +287,7 @@ struct Combine : public torch::autograd::Function<Combine> {
       const at::Tensor w_j = weights.select(1, j);
       const at::Tensor grad =
           one_row ? at::mul(g_rows.select(0, 0), w_j.select(0, 0))
-                  : at::matmul(w_j, g_flat).view(g_rows.sizes().slice(1));
+                  : at::matmul(w_j, g_flat).view_as(g_rows.select(0, 0));
       result[1 + j] = grad.to(g.scalar_type());
     }
     if (ctx->needs_input_grad(slopes + 1)) {
