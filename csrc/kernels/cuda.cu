@@ -126,16 +126,16 @@ struct Verdict {
   Controller control;
 };
 
-// Block (x, m) sums its share of member m. The last block to finish turns the partial sums into
+// Block (m, y) sums its share of member m (members on the axis without a small limit). The last block to finish turns the partial sums into
 // the largest root mean square, decides about the step, and leaves the counter at zero.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     error_norm_kernel(const T* y0, const T* y1, Terms terms, Coefficients coef, Tolerance tol,
                       Members members, double* partial, unsigned int* finished, Verdict verdict) {
-  const int64_t begin = members.offsets[blockIdx.y], end = members.offsets[blockIdx.y + 1];
-  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  const int64_t begin = members.offsets[blockIdx.x], end = members.offsets[blockIdx.x + 1];
+  const int64_t stride = int64_t(gridDim.y) * blockDim.x;
   double sum = 0;
-  for (int64_t first = begin + int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < end;
+  for (int64_t first = begin + int64_t(blockIdx.y) * blockDim.x + threadIdx.x; first < end;
        first += stride * kUnroll) {
     const Strip strip{end, first, stride};
     wide_t<T> scaled[kUnroll];
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
 
   __shared__ bool last;
   if (threadIdx.x == 0) {
-    partial[int64_t(blockIdx.y) * gridDim.x + blockIdx.x] = sum;
+    partial[int64_t(blockIdx.x) * gridDim.y + blockIdx.y] = sum;
     __threadfence();  // the sum is visible before the count says so
     last = atomicAdd(finished, 1u) == gridDim.x * gridDim.y - 1;
   }
@@ -160,9 +160,9 @@ __global__ void __launch_bounds__(kThreads)
   double largest = 0;
   for (int64_t m = 0; m < members.count; ++m) {
     double share = 0;
-    for (int64_t b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
+    for (int64_t b = threadIdx.x; b < gridDim.y; b += blockDim.x) {
       // volatile: from memory, where the other blocks' sums are, not from this block's cache.
-      share += static_cast<volatile double*>(partial)[m * gridDim.x + b];
+      share += static_cast<volatile double*>(partial)[m * gridDim.y + b];
     }
     const int64_t size = members.offsets[m + 1] - members.offsets[m];
     const double total = block_sum(share);
@@ -247,7 +247,7 @@ int error_norm(Dtype dtype, int64_t longest_member, const void* y0, const void* 
                const Controller& control, void* stream) {
   return for_dtype(dtype, [&](auto type) -> int {
     using T = decltype(type);
-    const dim3 grid(unsigned(blocks_for(longest_member)), unsigned(members.count));
+    const dim3 grid(unsigned(members.count), unsigned(blocks_for(longest_member)));
     return launch(error_norm_kernel<T>, grid, stream, static_cast<const T*>(y0),
                   static_cast<const T*>(y1), terms, coefficients(coef, 1, terms.count), tol,
                   members, static_cast<double*>(scratch) + 1, static_cast<unsigned int*>(scratch),

@@ -173,7 +173,7 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
       on_step_(p_.attr("callbacks")[py::int_(0)]),
       on_accept_(p_.attr("callbacks")[py::int_(1)]),
       on_reject_(p_.attr("callbacks")[py::int_(2)]),
-      norm_(y_begin_, p_.attr("norm_offsets").cast<std::vector<int64_t>>()),
+      norm_(p_.attr("norm_offsets").cast<std::vector<int64_t>>()),
       t0_(times_[0]) {
   const py::object control = p_.attr("control");
   control_ = {control.attr("order").cast<int>(),       control.attr("safety").cast<double>(),

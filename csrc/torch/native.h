@@ -37,7 +37,7 @@ at::Tensor run_scaled_error(const at::Tensor& y0, const at::Tensor& y1, const Te
 // Norms of one solve or one call: keeps the scratch memory of a GPU between steps.
 class Norm {
  public:
-  Norm(const at::Tensor& like, std::vector<int64_t> offsets);
+  explicit Norm(std::vector<int64_t> offsets);
 
   // On a GPU this waits for the device: the one wait of an adaptive step.
   Decision decide(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
@@ -48,9 +48,14 @@ class Norm {
                      const double* coef, const Tolerances& tol);
 
  private:
+  Members members() const;
+  void launch(const at::Tensor& y0, const at::Tensor& y1, const Terms& k, const double* coef,
+              const Tolerances& tol, double* norm, Decision* decision, double dt,
+              const Controller& control);
+
   std::vector<int64_t> offsets_;
   int64_t longest_ = 0;
-  at::Tensor device_offsets_, scratch_;
+  at::Tensor device_offsets_, scratch_;  // made for the first norm on a GPU
 };
 
 void* current_stream(c10::Device device);

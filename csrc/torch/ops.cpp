@@ -100,40 +100,47 @@ at::Tensor run_scaled_error(const at::Tensor& y0, const at::Tensor& y1, const Te
   no_device(y0);
 }
 
-Norm::Norm(const at::Tensor& like, std::vector<int64_t> offsets) : offsets_(std::move(offsets)) {
+Norm::Norm(std::vector<int64_t> offsets) : offsets_(std::move(offsets)) {
   for (size_t m = 1; m < offsets_.size(); ++m) {
     longest_ = std::max(longest_, offsets_[m] - offsets_[m - 1]);
   }
-#ifdef FLASHODE_WITH_CUDA
-  if (like.is_cuda()) {
-    const int64_t bytes = cuda::norm_scratch_bytes(longest_, int64_t(offsets_.size()) - 1);
-    scratch_ = at::zeros({bytes}, like.options().dtype(at::kByte));
-    device_offsets_ = at::tensor(at::ArrayRef<int64_t>(offsets_), at::kLong).to(like.device());
-  }
-#endif
 }
+
+Members Norm::members() const { return {int64_t(offsets_.size()) - 1, offsets_.data()}; }
+
+#ifdef FLASHODE_WITH_CUDA
+void Norm::launch(const at::Tensor& y0, const at::Tensor& y1, const Terms& k, const double* coef,
+                  const Tolerances& tol, double* norm, Decision* decision, double dt,
+                  const Controller& control) {
+  check_cuda(cuda::use_device(y0.get_device()));
+  if (!scratch_.defined()) {
+    const int64_t bytes = cuda::norm_scratch_bytes(longest_, int64_t(offsets_.size()) - 1);
+    scratch_ = at::zeros({bytes}, y0.options().dtype(at::kByte));
+    device_offsets_ = at::tensor(at::ArrayRef<int64_t>(offsets_), at::kLong).to(y0.device());
+  }
+  const Members on_device{members().count, device_offsets_.const_data_ptr<int64_t>()};
+  check_cuda(cuda::error_norm(dtype_of(y0), longest_, y0.const_data_ptr(), y1.const_data_ptr(), k,
+                              coef, tolerance_of(tol), on_device, scratch_.mutable_data_ptr(),
+                              norm, decision, dt, control, current_stream(y0.device())));
+}
+#endif
 
 Decision Norm::decide(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
                       const double* coef, const Tolerances& tol, double dt,
                       const Controller& control) {
   if (y0.is_cpu()) {
-    const Members members{int64_t(offsets_.size()) - 1, offsets_.data()};
     const double norm =
         cpu::error_norm(dtype_of(y0), y0.const_data_ptr(), y1.const_data_ptr(), k, coef,
-                        tolerance_of(tol), members, at::get_num_threads());
+                        tolerance_of(tol), members(), at::get_num_threads());
     return flashode::decide(norm, dt, control);
   }
 #ifdef FLASHODE_WITH_CUDA
   if (y0.is_cuda()) {
-    check_cuda(cuda::use_device(y0.get_device()));
-    const Members members{int64_t(offsets_.size()) - 1, device_offsets_.const_data_ptr<int64_t>()};
     Decision* cell = nullptr;
+    check_cuda(cuda::use_device(y0.get_device()));
     check_cuda(cuda::host_cell(&cell));
-    void* stream = current_stream(y0.device());
-    check_cuda(cuda::error_norm(dtype_of(y0), longest_, y0.const_data_ptr(), y1.const_data_ptr(),
-                                k, coef, tolerance_of(tol), members,
-                                scratch_.mutable_data_ptr(), nullptr, cell, dt, control, stream));
-    check_cuda(cuda::wait(stream));
+    launch(y0, y1, k, coef, tol, nullptr, cell, dt, control);
+    check_cuda(cuda::wait(current_stream(y0.device())));
     return *cell;
   }
 #endif
@@ -149,12 +156,7 @@ at::Tensor Norm::compute(const at::Tensor& y0, const at::Tensor& y1, const Terms
   }
 #ifdef FLASHODE_WITH_CUDA
   if (y0.is_cuda()) {
-    check_cuda(cuda::use_device(y0.get_device()));
-    const Members members{int64_t(offsets_.size()) - 1, device_offsets_.const_data_ptr<int64_t>()};
-    check_cuda(cuda::error_norm(dtype_of(y0), longest_, y0.const_data_ptr(), y1.const_data_ptr(),
-                                k, coef, tolerance_of(tol), members,
-                                scratch_.mutable_data_ptr(), out.mutable_data_ptr<double>(),
-                                nullptr, 1, Controller(), current_stream(y0.device())));
+    launch(y0, y1, k, coef, tol, out.mutable_data_ptr<double>(), nullptr, 1, Controller());
     return out;
   }
 #endif
@@ -246,7 +248,7 @@ at::Tensor error_norm_op(const at::Tensor& y0, const at::Tensor& y1, at::TensorL
                         std::is_sorted(offsets.begin(), offsets.end()),
                     "error_norm: offsets must rise from 0 to ", y0.numel(), ", got ", offsets);
   const c10::OptionalDeviceGuard guard(y0.device());
-  return Norm(y0, offsets.vec())
+  return Norm(offsets.vec())
       .compute(args.y0, args.y1, terms_of(args.k), args.coef.const_data_ptr<double>(),
                tolerances("error_norm", y0, rtol, atol));
 }
