@@ -9,7 +9,6 @@
 #include "driver.h"
 
 #include <ATen/DeviceGuard.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -20,11 +19,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <optional>
 
-#include "../kernels/clock.h"
+#include "field.h"
 #include "native.h"
 #include "shown.h"
 
@@ -93,11 +91,7 @@ class Run {
 
  private:
   py::dict outcome(Status status);
-  at::Tensor call(double t, Shown& y, const at::Tensor& shift, int nudge, bool time_is_set = false);
   at::Tensor call_at_state(const at::Tensor& shift, int nudge);
-  TimeTarget stage_time(double t, int nudge);
-  at::Tensor slope(py::object value);
-  at::Tensor copied(const at::Tensor& value);
   Terms terms_of(const std::vector<int>& stages) const;
   bool records(const at::Tensor& y0, const std::vector<int>& stages) const;
   bool combine(Shown& target, const at::Tensor& y0, const Row& row, double signed_dt,
@@ -115,10 +109,11 @@ class Run {
   void emit(const Step& step);
 
   // The problem, read once.
-  const py::object p_, func_, split_;
+  const py::object p_;
   const Table& table_;
   const Interpolant& dense_;
-  const at::Tensor y_begin_;
+  Field field_;
+  const at::Tensor& y_begin_;
   const c10::OptionalDeviceGuard device_;
   const bool adaptive_, grad_mode_, with_time_gradient_, overshoot_, perturb_, has_norm_,
       steps_on_times_;
@@ -126,7 +121,6 @@ class Run {
   const int64_t max_num_steps_;
   const std::vector<double> times_;
   const std::vector<std::pair<double, bool>> stops_;
-  const std::pair<double, double> time_bounds_;
   const py::object on_step_, on_accept_, on_reject_;
   Controller control_;
   Tolerances tol_;
@@ -135,8 +129,7 @@ class Run {
 
   // Memory.
   Norm norm_;
-  Shown time_, stage_, current_, candidate_;
-  std::vector<at::Tensor> copies_;  // our own tensors for slopes that had to be copied
+  Shown stage_, current_, candidate_;
   at::Tensor ys_;
   std::vector<std::pair<int64_t, at::Tensor>> recorded_;  // outputs with gradients, by first row
 
@@ -146,17 +139,16 @@ class Run {
   double t0_, dt_ = kNaN, error_ratio_ = kNaN;
   bool field_writes_ = false;  // into the state it is shown
   size_t next_stop_ = 0;
-  int64_t filled_ = 1, nfe_ = 0, accepted_ = 0, rejected_ = 0, trials_ = 0;
+  int64_t filled_ = 1, accepted_ = 0, rejected_ = 0, trials_ = 0;
   std::vector<double> accepted_times_;
 };
 
 Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
     : p_(py::reinterpret_borrow<py::object>(problem)),
-      func_(p_.attr("func")),
-      split_(p_.attr("shapes").is_none() ? py::object(py::none()) : p_.attr("unflatten")),
       table_(table),
       dense_(dense),
-      y_begin_(unpack(p_.attr("y0")).contiguous()),
+      field_(p_),
+      y_begin_(field_.like),
       device_(y_begin_.device()),
       adaptive_(p_.attr("adaptive").cast<bool>()),
       grad_mode_(at::GradMode::is_enabled()),
@@ -165,11 +157,10 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
       perturb_(p_.attr("perturb").cast<bool>()),
       has_norm_(!p_.attr("norm").is_none()),
       steps_on_times_(p_.attr("steps_on_times").cast<bool>()),
-      direction_(p_.attr("direction").cast<double>()),
+      direction_(field_.direction),
       max_num_steps_(p_.attr("max_num_steps").cast<int64_t>()),
       times_(p_.attr("times").cast<std::vector<double>>()),
       stops_(p_.attr("stops").cast<std::vector<std::pair<double, bool>>>()),
-      time_bounds_(p_.attr("time_bounds").cast<std::pair<double, double>>()),
       on_step_(p_.attr("callbacks")[py::int_(0)]),
       on_accept_(p_.attr("callbacks")[py::int_(1)]),
       on_reject_(p_.attr("callbacks")[py::int_(2)]),
@@ -207,9 +198,9 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
   ys_.select(0, 0).copy_(y_begin_.detach());
   if (records(y_begin_, {})) {
     recorded_.emplace_back(0, y_begin_.unsqueeze(0));
-    current_.adopt(y_begin_.clone(), split_);
+    current_.adopt(y_begin_.clone(), field_.split);
   } else {
-    current_.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+    field_.make_writable(current_);
     current_.flat.copy_(y_begin_.detach());
   }
 }
@@ -234,93 +225,37 @@ py::dict Run::outcome(Status status) {
   py::list k;
   for (const at::Tensor& k_j : k_) k.append(wrap(k_j));
   using namespace py::literals;
-  return py::dict("status"_a = int(status), "ys"_a = wrap(ys), "nfe"_a = nfe_,
+  return py::dict("status"_a = int(status), "ys"_a = wrap(ys), "nfe"_a = field_.nfe,
                   "accepted"_a = accepted_, "rejected"_a = rejected_,
                   "accepted_times"_a = accepted_times_, "t"_a = t0_, "dt"_a = dt_,
                   "error_ratio"_a = error_ratio_, "k"_a = k,
                   "y1"_a = wrap((candidate_.flat.defined() ? candidate_ : current_).flat));
 }
 
-// func(t, y) at a forward time; `nudge` -1 and +1 take the last time before and the first after t.
-// `time_is_set` when the kernel that made y has written the time as well.
-at::Tensor Run::call(double t, Shown& y, const at::Tensor& shift, int nudge, bool time_is_set) {
-  ++nfe_;
-  if (!time_is_set) {
-    const TimeTarget time = stage_time(t, nudge);
-    if (time.t.defined()) time.t.fill_(time.value);
-  }
-  py::object shifted;
-  if (shift.defined()) {
-    shifted = wrap(time_.flat.add(shift.mul(direction_).to(time_.flat.options())));
-  }
-  PyObject* arguments[] = {nullptr, (shifted ? shifted : time_.argument).ptr(), y.argument.ptr()};
-  PyObject* value =
-      PyObject_Vectorcall(func_.ptr(), arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-  if (value == nullptr) throw py::error_already_set();
-  return slope(py::reinterpret_steal<py::object>(value));
-}
-
 // func at the current state. A field that writes into its argument must not change the state.
 at::Tensor Run::call_at_state(const at::Tensor& shift, int nudge) {
   if (field_writes_) {
-    stage_.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+    field_.make_writable(stage_);
     stage_.flat.copy_(current_.flat.detach());
-    return call(t0_, stage_, shift, nudge);
+    return field_.call(t0_, stage_, shift, nudge);
   }
   const int64_t version = current_.version();
-  const at::Tensor k = call(t0_, current_, shift, nudge);
+  const at::Tensor k = field_.call(t0_, current_, shift, nudge);
   if (current_.version() == version) return k;
   field_writes_ = true;
-  if (nfe_ > 1) {
+  if (field_.nfe > 1) {
     throw py::value_error(
         "func changed its argument y in place after it had left it alone before; "
         "return a new Tensor, or write to y.clone()");
   }
   const bool recorded = !recorded_.empty();
   if (recorded) {
-    current_.adopt(y_begin_.clone(), split_);
+    current_.adopt(y_begin_.clone(), field_.split);
   } else {
-    current_.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+    field_.make_writable(current_);
     current_.flat.copy_(y_begin_);
   }
   return k;
-}
-
-// The time that func sees: rounded once, kept inside the interval. Written here on a CPU; on a GPU
-// the kernel that makes the state writes it, so that it costs no launch of its own.
-TimeTarget Run::stage_time(double t, int nudge) {
-  const double rounded = round_time(t, nudge, dtype_of(y_begin_));
-  const double value = direction_ * std::clamp(rounded, time_bounds_.first, time_bounds_.second);
-  time_.make_writable({}, y_begin_.options(), py::none());
-  if (!time_.flat.is_cpu()) return {time_.flat, value};
-  write_time(time_.flat.mutable_data_ptr(), value, dtype_of(y_begin_));
-  return {};
-}
-
-// What func returned, as a contiguous tensor in the layout of the state that nothing else writes.
-// Anything unusual goes through Problem.slope, which casts it or raises.
-at::Tensor Run::slope(py::object value) {
-  if (split_.is_none() && THPVariable_CheckExact(value.ptr())) {
-    const at::Tensor& k = THPVariable_Unpack(value.ptr());
-    if (k.scalar_type() == y_begin_.scalar_type() && k.device() == y_begin_.device() &&
-        k.layout() == at::kStrided && k.sizes() == y_begin_.sizes() && !k.is_conj() &&
-        !k.is_neg()) {
-      if (!k.is_contiguous()) return k.contiguous();
-      return counts_of(value.ptr()) == sole_owner() ? k : copied(k);
-    }
-  }
-  return copied(unpack(p_.attr("slope")(value)));
-}
-
-at::Tensor Run::copied(const at::Tensor& value) {
-  if (value.requires_grad()) return value.clone();
-  auto free = std::find_if(copies_.begin(), copies_.end(),
-                           [](const at::Tensor& copy) { return copy.use_count() == 1; });
-  if (free == copies_.end()) {
-    copies_.push_back(at::empty(y_begin_.sizes(), y_begin_.options()));
-    free = copies_.end() - 1;
-  }
-  return free->copy_(value);
 }
 
 Terms Run::terms_of(const std::vector<int>& stages) const {
@@ -349,11 +284,11 @@ bool Run::combine(Shown& target, const at::Tensor& y0, const Row& row, double si
     }
     std::vector<at::Tensor> k;
     for (const int j : row.stage) k.push_back(k_[j]);
-    target.adopt(combine_op(y0, k, coefficients), split_);
+    target.adopt(combine_op(y0, k, coefficients), field_.split);
     if (time.t.defined()) time.t.fill_(time.value);
     return !y0.is_cpu() || adaptive_ || at::isfinite(target.flat).all().item<bool>();
   }
-  target.make_writable(y_begin_.sizes(), y_begin_.options(), split_);
+  field_.make_writable(target);
   std::optional<py::gil_scoped_release> release;
   if (y0.numel() >= kReleaseGil) release.emplace();
   return run_combine(y0, terms_of(row.stage), coef, 1, target.flat, time);
@@ -389,10 +324,10 @@ double Run::first_step() {
   double h0 = first_guess(d0, d1);
   if (!overshoot_) h0 = std::min(h0, times_.back() - t0_);
   const double signed_h0 = direction_ * h0;
-  stage_.make_writable(y0.sizes(), y0.options(), split_);
-  const TimeTarget time = stage_time(t0_ + h0, 0);
+  field_.make_writable(stage_);
+  const TimeTarget time = field_.stage_time(t0_ + h0, 0);
   run_combine(y0, of_f, &signed_h0, 1, stage_.flat, time);
-  const at::Tensor f1 = call(t0_ + h0, stage_, {}, 0, true);
+  const at::Tensor f1 = field_.call_at_stage_time(stage_, {});
   of_both = {2, {f1.const_data_ptr(), f0_.const_data_ptr()}};
   const double difference[] = {1, -1};
   const double d2 = error_norm(y0, y0, of_both, difference, 1).error_ratio / h0;
@@ -414,11 +349,11 @@ bool Run::rk_step(double t1, double dt, const at::Tensor& shift1) {
     if (shift1.defined()) shift_i = shift0_.add(stretch_.mul(c_i));
     // parity: a stage at the end of the step sees the time just before it, so that a field that
     // jumps there is taken from the left.
-    const TimeTarget time = stage_time(t_i, at_end && (adaptive_ || perturb_) ? -1 : 0);
+    const TimeTarget time = field_.stage_time(t_i, at_end && (adaptive_ || perturb_) ? -1 : 0);
     Shown& y_i = is_result ? candidate_ : stage_;
     finite = combine(y_i, current_.flat, table_.a[i], signed_dt, time);
     const int64_t version = y_i.version();
-    const at::Tensor k_i = call(t_i, y_i, shift_i, 0, true);
+    const at::Tensor k_i = field_.call_at_stage_time(y_i, shift_i);
     if (is_result && y_i.version() != version) {
       field_writes_ = true;
       combine(y_i, current_.flat, table_.a[i], signed_dt);
@@ -517,9 +452,9 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
     const double t_i = c_i == 1 ? step.t1 : step.t0 + c_i * dt;
     at::Tensor shift_i;
     if (stretch_.defined()) shift_i = step.shift0.add(stretch_.mul(c_i));
-    const TimeTarget time = stage_time(t_i, 0);
+    const TimeTarget time = field_.stage_time(t_i, 0);
     combine(stage_, step.y0, dense_.extra_a[i], signed_dt, time);
-    k_.push_back(call(t_i, stage_, shift_i, 0, true));
+    k_.push_back(field_.call_at_stage_time(stage_, shift_i));
   }
   const int64_t rows = end - begin, stages = int64_t(dense_.stage.size());
   if (records(step.y0, dense_.stage)) {

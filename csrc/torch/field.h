@@ -1,0 +1,101 @@
+// The exchange with the Python field: what it is called with, and what becomes of its answer.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "../kernels/clock.h"
+#include "native.h"
+#include "shown.h"
+
+namespace flashode {
+
+class Field {
+ public:
+  explicit Field(const py::object& problem)
+      : like(unpack(problem.attr("y0")).contiguous()),
+        split(problem.attr("shapes").is_none() ? py::object(py::none()) : problem.attr("unflatten")),
+        direction(problem.attr("direction").cast<double>()),
+        problem_(problem),
+        func_(problem.attr("func")),
+        time_bounds_(problem.attr("time_bounds").cast<std::pair<double, double>>()) {}
+
+  // func(t, y) at a forward time; `nudge` -1 and +1 take the last time before and the first after
+  // it. `shift` is a zero that carries the gradient of the time, if any.
+  at::Tensor call(double t, const Shown& y, const at::Tensor& shift, int nudge) {
+    const TimeTarget time = stage_time(t, nudge);
+    if (time.t.defined()) time.t.fill_(time.value);
+    return call_at_stage_time(y, shift);
+  }
+
+  // The same at the time last given by stage_time.
+  at::Tensor call_at_stage_time(const Shown& y, const at::Tensor& shift) {
+    ++nfe;
+    py::object shifted;
+    if (shift.defined()) {
+      shifted = wrap(time_.flat.add(shift.mul(direction).to(time_.flat.options())));
+    }
+    PyObject* arguments[] = {nullptr, (shifted ? shifted : time_.argument).ptr(), y.argument.ptr()};
+    PyObject* value =
+        PyObject_Vectorcall(func_.ptr(), arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+    if (value == nullptr) throw py::error_already_set();
+    return slope(py::reinterpret_steal<py::object>(value));
+  }
+
+  // The time that func sees: rounded once, kept inside the interval. Written here on a CPU; on a
+  // GPU the kernel that makes the state writes it, so that it costs no launch of its own.
+  TimeTarget stage_time(double t, int nudge) {
+    const Dtype dtype = dtype_of(like);
+    const double value = direction * std::clamp(round_time(t, nudge, dtype), time_bounds_.first,
+                                                time_bounds_.second);
+    time_.make_writable({}, like.options(), py::none());
+    if (!time_.flat.is_cpu()) return {time_.flat, value};
+    write_time(time_.flat.mutable_data_ptr(), value, dtype);
+    return {};
+  }
+
+  // Makes `target` safe to write.
+  void make_writable(Shown& target) { target.make_writable(like.sizes(), like.options(), split); }
+
+  const at::Tensor like;     // the initial state: shape, dtype and device of every other
+  const py::object split;    // makes the members of a tuple state from a flat one; None for tensors
+  const double direction;    // of the caller's clock
+  int64_t nfe = 0;
+
+ private:
+  // A contiguous tensor in the layout of the state that nothing else writes. Anything unusual goes
+  // through Problem.slope, which casts it or raises.
+  at::Tensor slope(const py::object& value) {
+    if (split.is_none() && THPVariable_CheckExact(value.ptr())) {
+      const at::Tensor& k = THPVariable_Unpack(value.ptr());
+      if (k.scalar_type() == like.scalar_type() && k.device() == like.device() &&
+          k.layout() == at::kStrided && k.sizes() == like.sizes() && !k.is_conj() && !k.is_neg()) {
+        if (!k.is_contiguous()) return k.contiguous();
+        return counts_of(value.ptr()) == sole_owner() ? k : copied(k);
+      }
+    }
+    return copied(unpack(problem_.attr("slope")(value)));
+  }
+
+  at::Tensor copied(const at::Tensor& value) {
+    if (value.requires_grad()) return value.clone();
+    auto free = std::find_if(copies_.begin(), copies_.end(),
+                             [](const at::Tensor& copy) { return copy.use_count() == 1; });
+    if (free == copies_.end()) {
+      copies_.push_back(at::empty(like.sizes(), like.options()));
+      free = copies_.end() - 1;
+    }
+    return free->copy_(value);
+  }
+
+  const py::object problem_, func_;
+  const std::pair<double, double> time_bounds_;
+  Shown time_;
+  std::vector<at::Tensor> copies_;  // our own tensors for slopes that had to be copied
+};
+
+}  // namespace flashode
