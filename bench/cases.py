@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import flashode
 import torch
 import torchdiffeq
+
+import flashode
 
 
 @dataclass
@@ -20,16 +22,16 @@ class Contest:
     """One thing that several contestants compute.
 
     Attributes:
-        contestants: ``run(func)`` by name, each returning a Tensor or a sequence of them; the
-            speed of each is told relative to the first, or to the first yardstick if ``func`` is None.
+        contestants: ``run(func)`` by name, each returning a Tensor or a sequence of them.
         truth: computes the right answer; not timed.
         bound: largest difference from the truth at which a contestant is timed, relative to the
             largest entry of the truth.
         func: the vector field, whose calls are counted; None if there is none.
         at: arguments ``(t, y)`` for timing ``func`` on its own; the cost of a solver per call of
             ``func`` is what it takes beyond that.
-        moved: bytes that a perfect implementation moves, from the number of calls of ``func``.
-        yardsticks: ``run()`` by name; timed among the contestants, not compared.
+        moved: bytes that have to be moved, from the number of calls of ``func``.
+        yardsticks: ``run()`` by name; timed among the contestants, not compared. Speeds are
+            relative to the first yardstick, or if there is none to the first contestant.
         grad: whether gradients are recorded.
         within: context in which everything runs.
     """
@@ -40,15 +42,10 @@ class Contest:
     bound: float
     func: Callable | None = None
     at: tuple | None = None
-    moved: Callable[[int], int] | None = None
+    moved: Callable[[int | None], int] | None = None
     yardsticks: dict[str, Callable] = field(default_factory=dict)
     grad: bool = False
     within: Callable = contextlib.nullcontext
-
-
-def size(n: int) -> str:
-    """``N=1e7`` for a power of ten."""
-    return f"N=1e{len(str(n)) - 1}"
 
 
 def random(seed: int, count: int, *shape, device) -> list[torch.Tensor]:
@@ -75,7 +72,6 @@ def spiral(device, quick) -> Iterator[Contest]:
     y0 = torch.tensor([[2.0, 0.0]], device=device)
     t = torch.linspace(0, 25, 1000, device=device)[: 100 if quick else None]
     exact = Spiral().double().to(device)
-    func = Spiral().to(device)
     yield Contest(
         "spiral",
         contestants={
@@ -85,53 +81,48 @@ def spiral(device, quick) -> Iterator[Contest]:
         },
         truth=lambda: torchdiffeq.odeint(exact, y0.double(), t.double(), rtol=1e-10, atol=1e-12),
         bound=2e-5,  # the rounding of some 2,500 float32 evaluations: the tolerance is below it
-        func=func,
+        func=Spiral().to(device),
         at=(t[0], y0),
     )
 
 
-def large(device, quick) -> Iterator[Contest]:
-    """A state far larger than the caches under a cheap field: nothing but memory traffic."""
-    n = 10**6 if quick else 10**7
-    (y0,) = random(2, 1, n, device=device)
-    t = torch.tensor([0.0, 1.0], device=device)
-    call = {"rtol": 1e-4, "atol": 1e-5, "options": {"first_step": 0.3}}
-
-    def moved(nfe):
-        # A trial step of dopri5 reads y0 6 times and slopes 20 times and writes 6 states; its
-        # error estimate reads y0, y1 and 6 slopes. Around the steps: y0 in, y0 and y1 out.
-        return 4 * n * (40 * ((nfe - 1) // 6) + 6)
-
-    yield Contest(
-        f"large {size(n)}",
+def decay(name, n, end, bound, device, moved=None, **call) -> Contest:
+    """``dy/dt = -y`` for ``n`` numbers, from 0 to ``end``."""
+    (y0,) = random(n, 1, n, device=device)
+    t = torch.tensor([0.0, end], device=device)
+    return Contest(
+        name,
         contestants={
             "torchdiffeq": lambda f: torchdiffeq.odeint(f, y0, t, **call),
             "native": lambda f: flashode.odeint(f, y0, t, engine="native", **call),
         },
-        truth=lambda: torch.stack([y0.double(), y0.double() * torch.tensor(-1.0, dtype=torch.float64).exp()]),
-        bound=1e-4,  # rtol
+        truth=lambda: torch.stack([y0.double(), math.exp(-end) * y0.double()]),
+        bound=bound,
         func=lambda t, y: -y,
         at=(t[0], y0),
         moved=moved,
     )
 
 
+def large(device, quick) -> Iterator[Contest]:
+    """A state far larger than the caches under a cheap field: nothing but memory traffic."""
+    digits = 6 if quick else 7
+    n = 10**digits
+
+    def moved(nfe):
+        # A trial step of dopri5 reads y0 6 times and slopes 20 times and writes 6 states; its
+        # error estimate reads y0, y1 and 6 slopes. Around the steps: y0 in, y0 and y1 out.
+        return 4 * n * (40 * ((nfe - 1) // 6) + 6)
+
+    call = {"rtol": 1e-4, "atol": 1e-5, "options": {"first_step": 0.3}}  # three steps
+    yield decay(f"large N=1e{digits}", n, 1.0, 1e-4, device, moved, **call)
+
+
 def steps(device, quick) -> Iterator[Contest]:
-    """The same few steps on states from 2 to 10,000 numbers."""
-    t = torch.tensor([0.0, 10.0], device=device)
+    """What a solve costs beside its calls: one Euler step is set-up alone, then some 20 steps of dopri5."""
+    yield decay("one step N=2", 2, 0.01, 1e-4, device, method="euler")
     for n in (2, 100) if quick else (2, 100, 1000, 10_000):
-        (y0,) = random(3, 1, n, device=device)
-        yield Contest(
-            f"steps N={n}",
-            contestants={
-                "torchdiffeq": lambda f: torchdiffeq.odeint(f, y0, t, rtol=1e-5, atol=1e-7),
-                "native": lambda f: flashode.odeint(f, y0, t, rtol=1e-5, atol=1e-7, engine="native"),
-            },
-            truth=lambda: torch.stack([y0.double(), y0.double() * torch.tensor(-10.0, dtype=torch.float64).exp()]),
-            bound=1e-5,
-            func=lambda t, y: -y,
-            at=(t[0], y0),
-        )
+        yield decay(f"steps N={n}", n, 10.0, 1e-5, device, rtol=1e-5, atol=1e-7)
 
 
 class Net(torch.nn.Module):
@@ -150,11 +141,13 @@ class Net(torch.nn.Module):
 
 
 def train(device, quick) -> Iterator[Contest]:
-    """One training iteration of ode_demo: solve, loss, gradients."""
+    """One training iteration of ode_demo: solve, loss, gradients. Half or more of it is func's own."""
     y0 = random(5, 1, 20, 1, 2, device=device)[0].clamp(-2, 2)
     t = torch.linspace(0, 25, 1000, device=device)[:10]
     with torch.no_grad():
-        target = torchdiffeq.odeint(lambda t, y: y**3 @ torch.tensor([[-0.1, 2.0], [-2.0, -0.1]]).to(y), y0, t)
+        matrix = Spiral().to(device).A
+        target = torchdiffeq.odeint(lambda t, y: y**3 @ matrix, y0, t)
+    exact = Net().double().to(device)
 
     def iteration(odeint, func, dtype=torch.float32, **call):
         func.zero_grad()
@@ -162,12 +155,9 @@ def train(device, quick) -> Iterator[Contest]:
         loss.backward()
         return [loss.detach(), *(p.grad for p in func.parameters())]
 
-    exact = Net().double().to(device)
-    for name in ("direct", "adjoint"):
-        suffix = "" if name == "direct" else "_adjoint"
-        theirs, ours = (getattr(library, "odeint" + suffix) for library in (torchdiffeq, flashode))
-        yield Contest(
-            f"train {name}",
+    def contest(name, theirs, ours):
+        return Contest(
+            name,
             contestants={
                 "torchdiffeq": lambda f: iteration(theirs, f),
                 "native": lambda f: iteration(ours, f, engine="native"),
@@ -178,82 +168,90 @@ def train(device, quick) -> Iterator[Contest]:
             grad=True,
         )
 
+    yield contest("train direct", torchdiffeq.odeint, flashode.odeint)
+    yield contest("train adjoint", torchdiffeq.odeint_adjoint, flashode.odeint_adjoint)
+
 
 # ---- kernels -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def warm_allocator():
-    """Lets the C allocator keep what it is given back, so that a large result is memory in use before.
+def warm_allocator(device):
+    """Lets the C allocator keep what it is given back, so that a result is memory used before.
 
-    By default glibc returns every block above 32 MiB to the system and each new result costs a page
-    fault per 4 KiB, several times the kernel's own time. A solve writes to buffers that it has
-    used before; so must the kernel here. (CUDA: torch's caching allocator does this anyway.)
+    By default glibc returns every block above 32 MiB to the system, and each new result costs a
+    page fault per 4 KiB: several times the kernel's own time. A solve writes to buffers that it
+    has used before; so must the kernel here. On a GPU torch's caching allocator does this anyway.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no glibc: page faults are then part of the figure
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if str(device) == "cpu" else None
+    if mallopt is None:  # without glibc the page faults are part of the figures
         yield
         return
     mmap_max, trim_threshold = -4, -1
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
+    torch.ones(2**26)  # 256 MiB to reuse
     yield
-    mallopt(mmap_max, 65536)
     mallopt(trim_threshold, 128 * 1024)
+    mallopt(mmap_max, 65536)
 
 
 def stage(device, quick) -> Iterator[Contest]:
     """Bandwidth of the fused kernels against a copy that moves as many bytes.
 
     `combine` of s slopes reads s + 1 arrays and writes one; `error_norm` of 6 slopes reads 8. Each
-    is measured beside `copy_` of (s + 2) / 2 arrays into (s + 2) / 2, so that both fit the
-    same cache, or none. Called one by one through the dispatcher, which is some 5 us of each
-    figure (the driver calls the kernels directly) and shows at N=1e5.
+    is measured beside a `copy_` of (s + 2) / 2 arrays' worth, so that both fit the same cache, or
+    none. "speed" is the share of the copy's bandwidth. The kernels are called one at a time from
+    Python, which is some 8 us of each figure and shows at N=1e5; a solve calls them from C++.
     """
-    rtol, atol = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1e-3, dtype=torch.float64)
-    for n in (10**5,) if quick else (10**7, 10**6, 10**5):
-        y0, y1, *slopes = random(6, 8, n, device=device)
-        coef = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    tol = torch.tensor(1e-3, dtype=torch.float64)
+    coef = torch.linspace(-1, 1, 6, dtype=torch.float64)
 
-        def contest(name, words, run, truth, bound):
-            source, target = random(7, 1, words * n // 2, device=device)[0], torch.empty(words * n // 2, device=device)
-            return Contest(
-                f"{name} {size(n)}",
-                contestants={name.split()[0]: run},
-                truth=truth,
-                bound=bound,
-                yardsticks={"copy_": lambda: target.copy_(source)},
-                moved=lambda nfe: 4 * n * words,
-                within=warm_allocator if str(device) == "cpu" else contextlib.nullcontext,
-            )
+    def weighted_sum(k, weights):
+        total = weights[0] * k[0]
+        for weight, k_j in zip(weights[1:], k[1:]):
+            total = total + weight * k_j
+        return total
 
-        def weighted_sum(k, weights):
-            total = weights[0] * k[0]
-            for weight, k_j in zip(weights[1:], k[1:]):
-                total = total + weight * k_j
-            return total
+    def contest(name, n, words, run, truth, bound):
+        (source,) = random(words, 1, words * n // 2, device=device)
+        target = torch.empty_like(source)
+        return Contest(
+            f"{name} N=1e{len(str(n)) - 1}",
+            contestants={"kernel": run},
+            truth=truth,
+            bound=bound,
+            moved=lambda _: 4 * n * words,
+            yardsticks={"copy_": lambda: target.copy_(source)},
+            within=lambda: warm_allocator(device),
+        )
 
-        for s in range(1, 7):
-            k, c = slopes[:s], coef[:s].clone()
-            yield contest(
-                f"combine s={s}", s + 2,
-                lambda _: torch.ops.flashode.combine(y0, k, c),
-                lambda: y0 + weighted_sum(k, c.tolist()),
-                0.0,  # the same operations in the same order: the same bits
-            )  # fmt: skip
+    def combine(n, y0, k, c):
+        return contest(
+            f"combine s={len(k)}", n, len(k) + 2,
+            lambda _: torch.ops.flashode.combine(y0, k, c),
+            lambda: y0 + weighted_sum(k, c.tolist()),
+            0.0,  # the same operations in the same order: the same bits
+        )  # fmt: skip
 
-        def norm():
-            a, b, *k = (x.double() for x in (y0, y1, *slopes))
-            scaled = weighted_sum(k, coef.tolist()) / (1e-3 + 1e-3 * torch.maximum(a.abs(), b.abs()))
+    def error_norm(n, y0, y1, k):
+        def truth():
+            a, b, *slopes = (x.double() for x in (y0, y1, *k))
+            scaled = weighted_sum(slopes, coef.tolist()) / (1e-3 + 1e-3 * torch.maximum(a.abs(), b.abs()))
             return scaled.square().mean().sqrt()
 
-        yield contest(
-            "error_norm s=6", 8,
-            lambda _: torch.ops.flashode.error_norm(y0, y1, slopes, coef, rtol, atol, [0, n]),
-            norm,
+        return contest(
+            "norm s=6", n, 8,
+            lambda _: torch.ops.flashode.error_norm(y0, y1, k, coef, tol, tol, [0, n]),
+            truth,
             1e-6,
         )  # fmt: skip
+
+    for n in (10**5,) if quick else (10**7, 10**6, 10**5):
+        y0, y1, *k = random(n, 8, n, device=device)
+        for s in range(1, 7):
+            yield combine(n, y0, k[:s], coef[:s].clone())
+        yield error_norm(n, y0, y1, k)
 
 
 # In this order whichever are asked for: `stage` comes last because malloc never quite forgets.

@@ -27,9 +27,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import flashode
 import torch
 from cases import CASES, Contest
+
+import flashode
 
 # ---- one contest ---------------------------------------------------------------------------
 
@@ -47,20 +48,13 @@ class Counted(torch.nn.Module):
 
 
 def difference(result, truth) -> float:
-    """Largest difference, relative to the largest entry of each tensor of the truth; NaN if there is one."""
+    """Largest difference relative to the largest entry of each tensor of the truth; inf if not comparable."""
     result, truth = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (result, truth))
     if [x.shape for x in result] != [x.shape for x in truth]:
         return math.inf
-    worst = 0.0
-    for x, exact in zip(result, truth):
-        x, exact = x.detach().double(), exact.detach().double()
-        scale = exact.abs().max()
-        worst = max(worst, ((x - exact).abs().max() / scale.clamp(min=torch.finfo(torch.float64).tiny)).item(), key=_nan_first)
-    return worst
-
-
-def _nan_first(x):
-    return (math.isnan(x), x)
+    pairs = [(x.detach().double(), exact.detach().double()) for x, exact in zip(result, truth)]
+    worst = [((x - exact).abs().max() / exact.abs().max()).item() for x, exact in pairs]
+    return max(math.inf if math.isnan(d) else d for d in worst)
 
 
 def check(contest: Contest) -> dict:
@@ -109,7 +103,7 @@ def measure(contest: Contest, timer: Timer) -> dict:
     """Checks a contest, then times it unless a contestant is refused."""
     with torch.set_grad_enabled(contest.grad), contest.within():
         rows = check(contest)
-        refused = [name for name, row in rows.items() if not row["difference"] <= contest.bound]
+        refused = [name for name, row in rows.items() if row["difference"] > contest.bound]
         report = {"name": contest.name, "bound": contest.bound, "refused": refused, "rows": rows}
         if refused:
             return report
@@ -165,7 +159,7 @@ def surroundings(device: str) -> dict:
 
 def _git(*arguments):
     folder = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -198,7 +192,12 @@ def pinned(threads: int, device: str):
 
 # ---- the table -----------------------------------------------------------------------------
 
-_LINE = "{:<19} {:<11} {:>6} {:>9} {:>9} {:>9} {:>8} {:>6} {:>7} {:>8}"
+_HEAD = ["contest", "contestant", "calls", "median", "25%", "75%", "us/call", "GB/s", "speed", "off_by"]
+_LINE = "{:<18} {:<11} {:>6} {:>9} {:>9} {:>9} {:>8} {:>6} {:>7} {:>8}"
+_LEGEND = """
+us/call: solver cost per call of func beyond the call itself. speed: times as fast as the
+first line of the contest. off_by: largest difference from a more accurate answer.
+"""
 
 
 def _time(seconds):
@@ -222,8 +221,9 @@ def show(report: dict):
             number(row, "gb_per_s", ".1f"), number(row, "speed", ".2f"), number(row, "difference", ".1e"),
         ), flush=True)  # fmt: skip
         name = ""
-    if report["refused"]:
-        print(f"  REFUSED, not timed: {', '.join(report['refused'])} differs by more than {report['bound']:.1e}", flush=True)
+    for contestant in report["refused"]:
+        off, bound = report["rows"][contestant]["difference"], report["bound"]
+        print(f"  REFUSED, not timed: {contestant} is off by {off:.1e}, {bound:.1e} is allowed", flush=True)
 
 
 # ---- the command ---------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     if unknown := set(args.case) - set(CASES):
         parser.error(f"no case named {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    timer = Timer(repeats=args.repeats or (3 if args.quick else 25), seconds=args.seconds)
+    timer = Timer(repeats=max(2, args.repeats or (3 if args.quick else 25)), seconds=args.seconds)
     if args.device == "cuda":
         timer.wait = torch.cuda.synchronize
     elif args.threads == 1:
@@ -252,7 +252,7 @@ def main(arguments=None) -> int:
     }  # fmt: skip
     document = surroundings(args.device) | {"settings": settings, "contests": []}
     print(headline(document))
-    print(_LINE.format("contest", "contestant", "calls", "median", "25 %", "75 %", "us/call", "GB/s", "speed", "off by"))
+    print(_LINE.format(*_HEAD))
     with pinned(args.threads, args.device):
         for case in [name for name in CASES if name in args.case or not args.case]:
             for contest in CASES[case](args.device, args.quick):
@@ -260,19 +260,21 @@ def main(arguments=None) -> int:
                 show(report)
                 document["contests"].append(report)
                 if args.json:  # after every contest, in case a time limit ends the run
-                    args.json.write_text(json.dumps(document, indent=1) + "\n")
-    print("\nus/call: solver cost per call of func beyond the call itself. speed: times as fast as the\n"
-          "first line of the contest. off by: largest difference from a more accurate answer.")  # fmt: skip
-    return int(any(report["refused"] for report in document["contests"]))
+                    text = json.dumps(document, indent=1) + "\n"
+                    args.json.write_text(text.replace(": Infinity", ": 1e999"))  # JSON has no infinity
+    refused = sum(bool(report["refused"]) for report in document["contests"])
+    print(_LEGEND, f"{len(document['contests'])} contests, {refused} refused", sep="\n")
+    return int(refused > 0)
 
 
 def headline(document: dict) -> str:
     machine, versions = document["machine"], document["versions"]
-    commit = (document["commit"] or "unknown commit")[:9] + ("+changes" if document["dirty"] else "")
+    commit = (document["commit"] or "no commit")[:9] + ("+changes" if document["dirty"] else "")
     return (
-        f"flashode {versions['flashode']} ({commit}), torchdiffeq {versions['torchdiffeq']}, torch {versions['torch']}, "
-        f"python {versions['python']}\n{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
-        f"{document['settings']['threads']} thread, {document['date']}\n"
+        f"flashode {versions['flashode']} ({commit}), torchdiffeq {versions['torchdiffeq']}, "
+        f"torch {versions['torch']}, python {versions['python']}\n"
+        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
+        f"threads: {document['settings']['threads']}, {document['date']}\n"
     )
 
 

@@ -1,0 +1,120 @@
+"""The benchmark harness: what it reports, and that it refuses to time an unequal result."""
+
+import importlib
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The module bench/run.py."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module("run")
+    for name in ("run", "cases"):
+        sys.modules.pop(name)
+
+
+def decay(run, **contestants):
+    """A contest for ``exp(-1)``."""
+    truth = torch.tensor([math.exp(-1)])
+    return run.Contest("decay", contestants, lambda: truth, bound=1e-6, func=lambda t, y: -y)
+
+
+
+def test_quick_spiral_reports_what_a_reader_needs(native, tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(BENCH / "run.py"), "spiral", "--quick", "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+    text = report.read_text()
+    document = json.loads(text)
+    keys = {"date", "commit", "dirty", "machine", "versions", "build", "settings", "contests"}
+    assert document.keys() == keys
+    assert document["machine"].keys() == {"cpu", "cores", "vectors", "gpu"}
+    assert document["versions"].keys() == {"python", "torch", "torchdiffeq", "flashode"}
+    assert document["build"]["extension"] is True
+    settings = {"device": "cpu", "threads": 1, "quick": True, "repeats": 3, "clock": "process_time"}
+    assert document["settings"] == settings
+    for secret in (str(BENCH.parent), sys.prefix, f'"{socket.gethostname()}"'):
+        assert secret not in text
+
+    (contest,) = document["contests"]
+    assert (contest["case"], contest["refused"], contest["against"]) == ("spiral", [], "torchdiffeq")
+    rows = contest["rows"]
+    assert list(rows) == ["torchdiffeq", "native", "reference", "func alone"]
+    assert rows["native"]["nfe"] == rows["reference"]["nfe"] <= rows["torchdiffeq"]["nfe"]
+    assert rows["torchdiffeq"]["speed"] == 1
+    for name, row in rows.items():
+        seconds = row["seconds"]
+        assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"] and seconds["turns"] == 3
+        if name != "func alone":
+            assert 0 <= row["difference"] <= contest["bound"]
+            assert row["speed"] > 0 and math.isfinite(row["us_per_call"])
+
+
+@pytest.mark.parametrize("wrong", [math.exp(-1) + 1e-5, math.nan, math.inf, [1.0, 2.0]])
+def test_an_unequal_result_is_refused_and_nothing_is_timed(run, monkeypatch, tmp_path, capsys, wrong):
+    calls = {"good": 0, "bad": 0}
+
+    def good(func):
+        calls["good"] += 1
+        return torch.tensor([math.exp(-1)])
+
+    def bad(func):
+        calls["bad"] += 1
+        return torch.tensor(wrong).reshape(-1)
+
+    monkeypatch.setitem(run.CASES, "wrong", lambda device, quick: [decay(run, good=good, bad=bad)])
+    assert run.main(["wrong", "--quick", "--json", str(tmp_path / "report.json")]) == 1
+    assert calls == {"good": 1, "bad": 1}
+    (contest,) = json.loads((tmp_path / "report.json").read_text())["contests"]
+    assert contest["refused"] == ["bad"]
+    assert contest["rows"]["bad"]["difference"] > 1e-6
+    assert not any("seconds" in row or "speed" in row for row in contest["rows"].values())
+    assert "REFUSED, not timed: bad is off by" in capsys.readouterr().out
+
+
+def test_contestants_take_turns(run):
+    order = []
+
+    def contestant(name):
+        def go(func):
+            order.append(name)
+            func(None, torch.ones(1))
+            return torch.tensor([math.exp(-1)])
+
+        return go
+
+    clock = iter(range(1000))  # every look at the clock is a second later: no run is repeated
+    timer = run.Timer(clock=lambda: next(clock), repeats=4)
+    report = run.measure(decay(run, a=contestant("a"), b=contestant("b")), timer)
+    check, warm_up, turns = order[:2], order[2:6], order[6:]
+    assert (check, warm_up, turns) == (["a", "b"], ["a", "a", "b", "b"], ["a", "b"] * 4)
+    assert report["rows"]["a"]["nfe"] == report["rows"]["b"]["nfe"] == 1
+    assert report["rows"]["b"]["seconds"] == {"median": 1, "q1": 1, "q3": 1, "turns": 4}
+
+
+def test_every_case_makes_contests_with_distinct_names(run):
+    names = [contest.name for case in run.CASES.values() for contest in case("cpu", True)]
+    assert len(set(names)) == len(names) >= len(run.CASES)
+
+
+def test_an_unknown_case_is_an_error(run, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["sprial"])
+    assert "no case named sprial; there are spiral" in capsys.readouterr().err
+
+
+def test_the_script_for_gpu_machines_is_valid_bash():
+    subprocess.run(["bash", "-n", str(BENCH / "gpu_check.sh")], check=True)
