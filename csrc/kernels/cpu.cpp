@@ -21,7 +21,8 @@
 namespace flashode::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;        // elements: the terms of one block stay in the L1 cache
+constexpr int64_t kBlock = 1024;        // elements that one call works on, and one partial sum covers
+constexpr int64_t kTile = 128;          // elements between two passes: longer ones starve the prefetcher
 constexpr int64_t kParallel = 1 << 15;  // terms * elements below which threads cost more
 constexpr int64_t kStream = 1 << 24;    // bytes of a result from which it bypasses the caches
 constexpr int kLanes = 16;              // partial sums of a norm, fixed
@@ -90,20 +91,23 @@ template <class T>
 FLASHODE_INLINE bool combine_block(const T* y0, const Terms& terms, const double* coef, T* out,
                                    int64_t begin, int64_t n, bool stream) {
   using A = wide_t<T>;
-  alignas(64) A total[kBlock];
-  alignas(64) T block[kBlock];
-  weighted_sum<T>(total, terms, coef, begin, n);
-  const T* __restrict y = y0 + begin;
-  T* __restrict result = stream ? block : out + begin;
-  // x - x is 0 for finite x and NaN otherwise; NaN survives the sum.
+  alignas(64) A total[kTile];
+  alignas(64) T tile[kTile];
   A zero = 0;
+  for (const int64_t end = begin + n; begin < end; begin += kTile) {
+    const int64_t m = std::min(kTile, end - begin);
+    weighted_sum<T>(total, terms, coef, begin, m);
+    const T* __restrict y = y0 + begin;
+    T* __restrict result = stream ? tile : out + begin;
+    // x - x is 0 for finite x and NaN otherwise; NaN survives the sum.
 #pragma omp simd reduction(+ : zero)
-  for (int64_t i = 0; i < n; ++i) {
-    const T rounded = narrow<T>(widen(y[i]) + total[i]);
-    result[i] = rounded;
-    zero += widen(rounded) - widen(rounded);
+    for (int64_t i = 0; i < m; ++i) {
+      const T rounded = narrow<T>(widen(y[i]) + total[i]);
+      result[i] = rounded;
+      zero += widen(rounded) - widen(rounded);
+    }
+    if (stream) stream_out(out + begin, tile, m * int64_t(sizeof(T)));
   }
-  if (stream) stream_out(out + begin, block, n * int64_t(sizeof(T)));
   return zero == 0;
 }
 
@@ -137,7 +141,9 @@ FLASHODE_INLINE double sum_of_squares(const T* y0, const T* y1, const Terms& ter
                                       const double* coef, const Tolerance& tol, int64_t begin,
                                       int64_t n) {
   alignas(64) wide_t<T> scaled[kBlock];
-  scaled_error_block<T>(y0, y1, terms, coef, tol, scaled, begin, n);
+  for (int64_t i = 0; i < n; i += kTile) {
+    scaled_error_block<T>(y0, y1, terms, coef, tol, scaled + i, begin + i, std::min(kTile, n - i));
+  }
   double lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {

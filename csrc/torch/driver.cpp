@@ -241,12 +241,13 @@ at::Tensor Run::call_at_state(const at::Tensor& shift, int nudge) {
   }
   const int64_t version = current_.version();
   const at::Tensor k = field_.call(t0_, current_, shift, nudge);
-  if (current_.version() == version) return k;
+  if (!current_.written_since(version)) return k;
   field_writes_ = true;
   if (field_.nfe > 1) {
-    throw py::value_error(
-        "func changed its argument y in place after it had left it alone before; "
-        "return a new Tensor, or write to y.clone()");
+    PyErr_SetString(py::module_::import("flashode").attr("ArgumentError").ptr(),
+                    "func changed its argument y in place, which it had left alone before; return a "
+                    "new Tensor, or write to y.clone()");
+    throw py::error_already_set();
   }
   const bool recorded = !recorded_.empty();
   if (recorded) {
@@ -354,7 +355,7 @@ bool Run::rk_step(double t1, double dt, const at::Tensor& shift1) {
     finite = combine(y_i, current_.flat, table_.a[i], signed_dt, time);
     const int64_t version = y_i.version();
     const at::Tensor k_i = field_.call_at_stage_time(y_i, shift_i);
-    if (is_result && y_i.version() != version) {
+    if (is_result && y_i.written_since(version)) {
       field_writes_ = true;
       combine(y_i, current_.flat, table_.a[i], signed_dt);
     }
@@ -387,9 +388,10 @@ Step Run::adaptive_step() {
     ++trials_;
     dt_ = clamp_step(dt_, control_);
     const auto [t1, kind] = landing(t0_ + dt_);
-    if (!(t1 > t0_)) throw StepFailure{kStepUnderflow};
-    // A free step keeps its own length: t1 - t0 is rounded.
-    const double dt = dt_ = kind == kFree ? dt_ : t1 - t0_;
+    if (!(t1 > t0_) || dt_ < std::numeric_limits<double>::min()) throw StepFailure{kStepUnderflow};
+    // A free step keeps its own length: t1 - t0 is rounded. No rounding lengthens a step, or one
+    // of min_step would be refused, and one near the resolution of t never shrink.
+    const double dt = dt_ = kind == kFree ? dt_ : std::min(dt_, t1 - t0_);
     report(on_step_, dt);
     at::Tensor shift1 = shift0_;
     if (shift1.defined() && kind != kFree) {
@@ -456,6 +458,8 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
     combine(stage_, step.y0, dense_.extra_a[i], signed_dt, time);
     k_.push_back(field_.call_at_stage_time(stage_, shift_i));
   }
+  // The extra stages were not seen by the error test.
+  const bool unseen = !dense_.extra_c.empty() && step.y0.is_cpu();
   const int64_t rows = end - begin, stages = int64_t(dense_.stage.size());
   if (records(step.y0, dense_.stage)) {
     at::Tensor x = at::tensor(at::ArrayRef<double>(times_.data() + begin, size_t(rows)));
@@ -475,8 +479,9 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
       k.push_back(k_[dense_.stage[j]]);
     }
     const at::Tensor weights = at::tensor(at::ArrayRef<double>(flat)).view({stages, degree});
-    recorded_.emplace_back(
-        begin, combine_op(step.y0, k, at::matmul(powers, weights.t()).mul(scale)));
+    const at::Tensor values = combine_op(step.y0, k, at::matmul(powers, weights.t()).mul(scale));
+    if (unseen && !at::isfinite(values).all().item<bool>()) throw StepFailure{kNonfiniteField};
+    recorded_.emplace_back(begin, values);
     return;
   }
   std::vector<double> coef(size_t(rows * stages));
@@ -490,9 +495,14 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
       coef[row * stages + j] = w * signed_dt;
     }
   }
-  std::optional<py::gil_scoped_release> release;
-  if (step.y0.numel() >= kReleaseGil) release.emplace();
-  run_combine(step.y0, terms_of(dense_.stage), coef.data(), rows, ys_.narrow(0, begin, rows));
+  bool finite;
+  {
+    std::optional<py::gil_scoped_release> release;
+    if (step.y0.numel() >= kReleaseGil) release.emplace();
+    finite = run_combine(step.y0, terms_of(dense_.stage), coef.data(), rows,
+                         ys_.narrow(0, begin, rows));
+  }
+  if (unseen && !finite) throw StepFailure{kNonfiniteField};
 }
 
 // Every output that lies in the step: its end as computed, others from the interpolant.

@@ -75,7 +75,7 @@ class Field {
       if (k.scalar_type() == like.scalar_type() && k.device() == like.device() &&
           k.layout() == at::kStrided && k.sizes() == like.sizes() && !k.is_conj() && !k.is_neg()) {
         if (!k.is_contiguous()) return k.contiguous();
-        return counts_of(value.ptr()) == sole_owner() ? k : copied(k);
+        return is_ours_alone(value.ptr()) ? k : copied(k);
       }
     }
     return copied(unpack(problem_.attr("slope")(value)));

@@ -32,13 +32,14 @@ inline Counts counts_of(PyObject* object) {
           int64_t(tensor.storage().use_count())};
 }
 
-// The counts of a tensor that is held by its one Python object and by nothing else.
-inline const Counts& sole_owner() {
-  static const Counts counts = [] {
-    const py::object object = wrap(at::empty({1}, at::kFloat));
-    return counts_of(object.ptr());
+// Whether a tensor is held by its one Python object and by nothing else. Memory that torch did not
+// allocate (an array's, say) has an owner who does not count here; such storages cannot be resized.
+inline bool is_ours_alone(PyObject* object) {
+  static const Counts alone = [] {
+    const py::object fresh = wrap(at::empty({1}, at::kFloat));
+    return counts_of(fresh.ptr());
   }();
-  return counts;
+  return counts_of(object) == alone && THPVariable_Unpack(object).storage().resizable();
 }
 
 // A tensor to show: a state, as one tensor or as a tuple of views of one flat tensor, or a time.
@@ -60,8 +61,12 @@ class Shown {
     fresh_.clear();
   }
 
-  // Rises when the field writes into what it was shown.
+  // To be compared after a call of the field, which may write into what it is shown. Inference
+  // tensors do not count their writes, and are taken to be written.
   int64_t version() const { return flat.is_inference() ? 0 : int64_t(flat._version()); }
+  bool written_since(int64_t version) const {
+    return flat.is_inference() || int64_t(flat._version()) != version;
+  }
 
   at::Tensor flat;
   py::object argument;
