@@ -8,6 +8,7 @@ rebuilt backwards along with it, so nothing of the forward solve is kept but its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -237,6 +238,8 @@ def collect_params(func, adjoint_params) -> tuple[torch.Tensor, ...]:
         adjoint_params = _module_params(func)
     elif isinstance(adjoint_params, torch.Tensor):
         adjoint_params = (adjoint_params,)
+    elif not isinstance(adjoint_params, Iterable):
+        raise ArgumentTypeError(f"adjoint_params must be Tensors, got {type(adjoint_params).__name__}")
     unique = {}
     for i, p in enumerate(adjoint_params):
         if not isinstance(p, torch.Tensor):

@@ -11,7 +11,7 @@ import torch
 from .tableau import Row, Tableau, close, row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense:
     """A continuous extension: ``y(t0 + x dt) = y0 + dt * sum_j w_j(x) k_j``, ``0 <= x <= 1``.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from .interp import Dense, hermite, linear, quadratic, quartic
 from .tableau import Row, Tableau, row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A named method.
 
@@ -22,11 +23,16 @@ class Method:
     tableau: Tableau
     dense: Dense
     dense_overshoot: Dense | None = None
-    source: str = field(default="", compare=False)
+    source: str = ""
 
     @property
     def adaptive(self) -> bool:
         return self.tableau.b_err is not None
+
+    @cached_property
+    def cubic(self) -> Dense:
+        """What ``interp="cubic"`` asks for."""
+        return hermite(self.tableau)
 
 
 def _minus(b: Row, b_hat: Row) -> Row:

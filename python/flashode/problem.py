@@ -14,7 +14,7 @@ import torch
 
 from .control import Controller
 from .errors import ArgumentError, ArgumentTypeError
-from .interp import Dense, hermite
+from .interp import Dense
 from .methods import METHODS, Method
 
 ADAPTIVE_OPTIONS = (
@@ -167,6 +167,8 @@ class Problem:
             raise ArgumentTypeError(
                 f"{name} must return a Tensor of shape {tuple(shape)}, got {_kind(value)}"
             )
+        if value.layout != torch.strided or value.is_nested or value.is_quantized:
+            require_dense(f"what {name} returned", value)
         if value.shape != shape:
             raise ArgumentError(
                 f"{name} returned shape {tuple(value.shape)}, expected {tuple(shape)} like y0; "
@@ -176,24 +178,21 @@ class Problem:
             raise ArgumentError(f"{name} returned a Tensor on {value.device}, y0 is on {self.y0.device}")
         if value.is_complex() and not dtype.is_complex:
             raise ArgumentTypeError(f"{name} returned {value.dtype} for a state of {dtype}; return a real Tensor")
-        if value.layout != torch.strided:
-            raise ArgumentTypeError(f"{name} returned a {value.layout} Tensor; return a dense one")
         return value.to(self.y0.dtype).resolve_conj().resolve_neg()
 
     def norm_value(self, scaled: torch.Tensor) -> float:
         """The caller's norm of a flat scaled error, as a non-negative float."""
-        value = self.norm(self.unflatten(scaled))
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Complex):
-            raise ArgumentTypeError(f"options['norm'] must return a scalar Tensor or a float, got {_kind(value)}")
-        if isinstance(value, complex):
-            value = abs(value)
+        returned = self.norm(self.unflatten(scaled))
+        if isinstance(returned, complex) or (isinstance(returned, torch.Tensor) and returned.is_complex()):
+            returned = abs(returned)
+        value = _real(returned)
+        if value is None:
+            raise ArgumentTypeError(f"options['norm'] must return a scalar Tensor or a float, got {_kind(returned)}")
         if value < 0:
             raise ArgumentError(f"options['norm'] must return a number that is not negative, got {value}")
         if math.isnan(value) and torch.isfinite(scaled).all():
             raise ArgumentError(f"options['norm'] returned {value} for a finite tensor")
-        return float(value)
+        return value
 
     def report(self, callback, t0: float, y0: torch.Tensor, dt: float):
         """Calls one of the caller's callbacks, if there is one, with ``(t0, y0, dt)``."""
@@ -253,9 +252,18 @@ def _kind(value) -> str:
     """A value for an error message: short ones as they are, others by type and shape."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         return f"{type(value).__name__} {value!r}" if value is not None else "None"
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_nested:
         return f"a Tensor of shape {tuple(value.shape)}"
     return type(value).__name__
+
+
+def require_dense(name, x: torch.Tensor):
+    """Refuses Tensors that are not arrays of numbers in memory."""
+    odd = "nested" if x.is_nested else "quantized" if x.is_quantized else x.layout
+    if odd != torch.strided:
+        raise ArgumentTypeError(f"{name} is a {odd} Tensor; give a dense one, see .to_dense()")
+    if x.device.type == "meta":
+        raise ArgumentTypeError(f"{name} is on the meta device; a solve needs real data")
 
 
 def _to(dtype, y: torch.Tensor) -> torch.Tensor:
@@ -283,12 +291,11 @@ def _state(y0):
 
 
 def _state_member(y, name):
-    if y.layout != torch.strided:
-        raise ArgumentTypeError(f"{name} has layout {y.layout}; call .to_dense() first")
-    if y.dtype not in _DTYPES:
-        raise ArgumentTypeError(f"{name} must be a floating point or complex Tensor, got {y.dtype}; call .float() or .double() first")
     if y.device.type == "meta":
         raise NotImplementedError(f"{name} is on the meta device; a solve needs real data")
+    require_dense(name, y)
+    if y.dtype not in _DTYPES:
+        raise ArgumentTypeError(f"{name} must be a floating point or complex Tensor, got {y.dtype}; call .float() or .double() first")
 
 
 def _finite_state(y0, shapes, method):
@@ -341,7 +348,7 @@ def _options(options, method: Method) -> dict:
     if unknown:
         # parity: a warning, because programs share one options dict between methods.
         hints = "".join(_nearest(name, allowed) for name in unknown)
-        warnings.warn(f"{method.name}: Unexpected arguments {unknown}, ignored.{hints} Allowed: {allowed}")
+        warnings.warn(f"{method.name}: Unexpected arguments {unknown}, ignored.{hints} Allowed options: {allowed}")
     return {k: v for k, v in options.items() if k in allowed}
 
 
@@ -349,12 +356,11 @@ def _times(t, name) -> tuple[list[float], float]:
     """The times on the forward clock, and the direction of the caller's clock."""
     if not isinstance(t, torch.Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {_kind(t)}")
+    require_dense(name, t)
     if not t.is_floating_point():
         raise ArgumentTypeError(f"`{name}` must be a floating point Tensor but is a {t.dtype}")
     if t.ndim != 1:
         raise ArgumentError(f"{name} must be one dimensional, got shape {tuple(t.shape)}")
-    if t.layout != torch.strided or t.device.type == "meta":
-        raise ArgumentTypeError(f"{name} must hold dense data, got layout {t.layout} on {t.device}")
     if t.numel() == 0:
         raise ArgumentError(f"{name} is empty; it must hold at least the initial time")
     values = t.tolist()
@@ -390,6 +396,7 @@ def _tolerance(name, value, y0, sizes):
 def _one_tolerance(name, value, y0, shape):
     """A float, or a tensor spread over ``shape`` and flat."""
     if isinstance(value, torch.Tensor):
+        require_dense(name, value)
         if value.requires_grad:
             raise ArgumentError(f"{name} cannot require gradient")
         if value.is_complex():
@@ -418,11 +425,15 @@ def _one_tolerance(name, value, y0, shape):
 
 def _real(value) -> float | None:
     """A real number of any library as a float; None for everything else."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value)
+    if isinstance(value, torch.Tensor):
+        scalar = not value.is_nested and value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
+        return float(value.detach()) if scalar else None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond the floats
+        return math.inf if value > 0 else -math.inf
 
 
 def _plausible(rtol, atol):
@@ -475,6 +486,13 @@ def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, fin
     return number
 
 
+def _flag(options, name) -> bool:
+    value = options.get(name, False)
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ArgumentTypeError(f"options[{name!r}] must be True or False, got {_kind(value)}")
+    return bool(value)
+
+
 def _adaptive_fields(options, method: Method, begin: float, direction: float) -> dict:
     control = Controller(
         order=method.order,
@@ -489,14 +507,15 @@ def _adaptive_fields(options, method: Method, begin: float, direction: float) ->
     limit = min(_number(options, "max_num_steps", MAX_NUM_STEPS, low=1, finite=False), 2**31 - 1)
     if limit != int(limit):
         raise ArgumentError(f"options['max_num_steps'] must be a whole number, got {limit}")
-    if options.get("dtype", torch.float64) not in (torch.float32, torch.float64):
+    dtype = options.get("dtype", torch.float64)
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         # Time is kept in float64 whichever of the two is asked for.
-        raise ArgumentError(f"options['dtype'] must be torch.float32 or torch.float64, got {options['dtype']}")
+        raise ArgumentError(f"options['dtype'] must be torch.float32 or torch.float64, got {dtype}")
     norm = options.get("norm")
     if norm is not None and not callable(norm):
         raise ArgumentTypeError(f"options['norm'] must be callable, got {_kind(norm)}")
     first_step = _number(options, "first_step", None, strict=True)
-    overshoot = bool(options.get("overshoot", False))
+    overshoot = _flag(options, "overshoot")
     return {
         "control": control,
         "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
@@ -516,8 +535,10 @@ def _stops(options, begin, direction):
         if values is None:
             continue
         try:
+            if isinstance(values, torch.Tensor) and values.is_complex():
+                raise TypeError("complex times")
             values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ArgumentTypeError(f"options[{name!r}] must hold times, got {_kind(values)}") from error
         if any(math.isnan(v) for v in values):
             raise ArgumentError(f"options[{name!r}] holds NaN")
@@ -531,7 +552,7 @@ def _stops(options, begin, direction):
 
 def _fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
     interp = options.get("interp", "linear")
-    if interp not in ("linear", "cubic"):
+    if not isinstance(interp, str) or interp not in ("linear", "cubic"):
         raise ArgumentError(f"Unknown interpolation method {interp!r}; options['interp'] is 'linear' or 'cubic'")
     step_size = _number(options, "step_size", None, strict=True)
     constructor = options.get("grid_constructor")
@@ -550,10 +571,10 @@ def _fixed_fields(options, method: Method, func, y0, t, times, direction, event_
         grid = clock
     return {
         "control": Controller(order=method.order, max_step=step_size or math.inf),
-        "dense": method.dense if interp == "linear" else hermite(method.tableau),
+        "dense": method.dense if interp == "linear" else method.cubic,
         "grid": grid,
         "steps_on_times": grid is clock,
-        "perturb": bool(options.get("perturb", False)),
+        "perturb": _flag(options, "perturb"),
     }
 
 
@@ -587,8 +608,11 @@ def _constructed_grid(constructor, func, y0, t, times, direction):
 
 def _callbacks(func, method: Method):
     found = tuple(getattr(func, name, None) for name in CALLBACKS)
+    for name, callback in zip(CALLBACKS, found):
+        if callback is not None and not callable(callback):
+            raise ArgumentTypeError(f"func.{name} must be callable, got {_kind(callback)}")
     served = CALLBACKS if method.adaptive else CALLBACKS[:1]
-    refused = {name for name, callback in zip(CALLBACKS, found) if callback and name not in served}
+    refused = {name for name, callback in zip(CALLBACKS, found) if callback is not None and name not in served}
     if refused:
         warnings.warn(f"Solver '{method.name}' does not support callbacks {refused}")
     return tuple(c if name in served else None for name, c in zip(CALLBACKS, found))

@@ -118,9 +118,14 @@ def _failure(problem, outcome: Outcome) -> SolveError:
             "(an atol of 0 needs a state that never vanishes)",
         ),
         Status.MAX_STEPS: (
+            f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps}) before an event, at t={t!r}",
+            "event_fn may never change sign; or raise options={'max_num_steps': ...}, or the step_size of fixed steps",
+        )
+        if problem.event_fn is not None
+        else (
             f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps}) between "
             f"two output times, at t={t!r} with dt={dt!r}"
-            + (f"; func returned non-finite values{where} in the last of them" if where else ""),
+            + (f"; the last trial met non-finite values{where}" if where else ""),
             "raise options={'max_num_steps': ...}; if the steps are far smaller than the solution "
             "looks, the problem is stiff and an explicit method cannot do better",
         ),
@@ -163,13 +168,12 @@ def _cause(problem, outcome: Outcome):
     status = outcome.status
     if not outcome.k or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio)):
         return status, None
-    for k in outcome.k:
-        if not torch.isfinite(k).all():
-            return (status if status == Status.MAX_STEPS else Status.NONFINITE_FIELD), k
+    suspects = [(Status.NONFINITE_FIELD, k) for k in outcome.k] + [(Status.NONFINITE_STATE, outcome.y1)]
+    for reason, x in suspects:
+        if not torch.isfinite(x).all():
+            return (status if status == Status.MAX_STEPS else reason), x
     if status == Status.MAX_STEPS:
         return status, None
-    if not torch.isfinite(outcome.y1).all():
-        return Status.NONFINITE_STATE, outcome.y1
     if not problem.adaptive or math.isfinite(outcome.error_ratio):
         return Status.NONFINITE_STATE, None  # an output between steps
     tolerance = problem.atol + problem.rtol * outcome.y1.detach().abs().reshape(-1)

@@ -25,7 +25,7 @@ def close(x: Fraction, y: Fraction, weights: Row) -> bool:
     return abs(x - y) <= Fraction(1, 10**15) * (1 + sum(abs(w) for w in weights))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object per method: compared and hashed as such
 class Tableau:
     """An explicit Runge-Kutta method with ``s`` stages.
 

@@ -14,10 +14,10 @@ ENGINES = {"native": native, "reference": reference}
 
 def choose(problem: Problem, engine: str):
     """The engine to use. A named engine that cannot serve raises; only "auto" falls back."""
+    if not isinstance(engine, str) or engine not in ("auto", *ENGINES):
+        raise ArgumentError(f"engine must be one of {['auto', *ENGINES]}, got {engine!r}")
     if engine == "auto":
         return next(name for name, e in ENGINES.items() if e.supports(problem) is None)
-    if engine not in ENGINES:
-        raise ArgumentError(f"engine must be one of {['auto', *ENGINES]}, got {engine!r}")
     reason = ENGINES[engine].supports(problem)
     if reason is not None:
         raise ArgumentError(f"the {engine} engine cannot serve this call: {reason}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from ..control import accept, clamp_step, first_guess, initial_step, next_step
 from ..errors import ArgumentError, ArgumentTypeError, Status
 from ..events import bisect_event, combine_events
 from ..interp import weights_at
-from ..problem import MAX_NUM_STEPS, Problem
+from ..problem import MAX_NUM_STEPS, Problem, require_dense
 from ..solution import Outcome
 
 
@@ -235,7 +236,7 @@ class Run:
             self.trials += 1
             self.dt = clamp_step(self.dt, p.control)
             t1, kind = self.landing(self.t0 + self.dt)
-            if not t1 > self.t0:
+            if not t1 > self.t0 or self.dt < sys.float_info.min:
                 raise StepFailure(Status.STEP_UNDERFLOW)
             # A free step keeps its own length: t1 - t0 is rounded. No rounding lengthens a step,
             # or one of min_step would be refused, and one near the resolution of t never shrink.
@@ -391,6 +392,9 @@ class Run:
         values = self.p.event_fn(self.stage_time(t, None, 0), self.p.unflatten(y))
         if not isinstance(values, torch.Tensor):
             raise ArgumentTypeError(f"event_fn must return a Tensor, got {type(values).__name__}")
+        require_dense("what event_fn returned", values)
+        if values.numel() == 0 or values.is_complex():
+            raise ArgumentError(f"event_fn must return a sign or several, got {values.dtype} of shape {tuple(values.shape)}")
         if values.dtype == torch.bool:
             values = 2.0 * values - 1  # a switch: False lies below zero
         return values.to(torch.float64)
