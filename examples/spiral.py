@@ -372,7 +372,13 @@ def draw_losses(axes, fits, noise):
 
 def legend(axes):
     """On the line of the title, where it hides no data."""
-    close = {"fontsize": 9.5, "columnspacing": 1.0, "handlelength": 1.5, "handletextpad": 0.5, "borderaxespad": 0.1}
+    close = {
+        "fontsize": 9.5,
+        "columnspacing": 1.0,
+        "handlelength": 1.5,
+        "handletextpad": 0.5,
+        "borderaxespad": 0.1,
+    }
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, **close)
 
 

@@ -13,7 +13,9 @@ def pytest_addoption(parser):
 
 def pytest_report_header(config):
     build = flashode.build_config()
-    return f"flashode {flashode.__version__}: " + ", ".join(f"{k}={v}" for k, v in build.items() if k != "python")
+    return f"flashode {flashode.__version__}: " + ", ".join(
+        f"{k}={v}" for k, v in build.items() if k != "python"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -33,11 +33,22 @@ def test_the_field_is_never_called_outside_the_interval(method, dtype, backward,
     t = torch.linspace(*(reversed(ends) if backward else ends), 5, dtype=torch.float64)
     field = Counted(growth)
     options = {} if METHODS[method].adaptive else {"step_size": 0.07, "interp": "cubic"}
-    flashode.odeint(field, torch.ones(2, dtype=dtype), t, method=method, rtol=1e-3, atol=1e-4, options=options, engine=engine)
+    flashode.odeint(
+        field,
+        torch.ones(2, dtype=dtype),
+        t,
+        method=method,
+        rtol=1e-3,
+        atol=1e-4,
+        options=options,
+        engine=engine,
+    )
     assert ends[0] <= min(field.times) and max(field.times) <= ends[1]
 
 
-@pytest.mark.parametrize("method, tolerance", [("dopri8", 1e-12), ("dopri5", 1e-10), ("tsit5", 1e-10), ("fehlberg45", 1e-10)])
+@pytest.mark.parametrize(
+    "method, tolerance", [("dopri8", 1e-12), ("dopri5", 1e-10), ("tsit5", 1e-10), ("fehlberg45", 1e-10)]
+)
 def test_the_final_value_has_the_accuracy_asked_for(method, tolerance, engine):
     """torchdiffeq's dopri8 interpolates it by a quartic, and misses by thousands of tolerances."""
     y0, t = twisted_start(dtype=torch.float64), torch.tensor([0.0, 1.5], dtype=torch.float64)
@@ -74,14 +85,18 @@ def test_dopri8_pays_three_calls_for_a_step_that_holds_outputs(engine):
     ends = torch.tensor([0.0, 1.5], dtype=torch.float64)
     plain = flashode.solve(twisted, y0, ends, method="dopri8", engine=engine)
     inside = torch.tensor([0.0, 0.7, 0.7001, 1.5], dtype=torch.float64)
-    assert flashode.solve(twisted, y0, inside, method="dopri8", engine=engine).stats.nfe == plain.stats.nfe + 3
+    assert (
+        flashode.solve(twisted, y0, inside, method="dopri8", engine=engine).stats.nfe == plain.stats.nfe + 3
+    )
 
 
 def test_calls_are_two_to_start_and_six_for_every_trial_step(engine):
     field = Counted(twisted)
     stats = flashode.solve(field, twisted_start(), torch.linspace(0, 1.5, 20), engine=engine).stats
     assert field.nfe == stats.nfe == 2 + 6 * (stats.accepted + stats.rejected)
-    stats = flashode.solve(field, twisted_start(), torch.tensor([0.0, 1.5]), options={"first_step": 0.01}, engine=engine).stats
+    stats = flashode.solve(
+        field, twisted_start(), torch.tensor([0.0, 1.5]), options={"first_step": 0.01}, engine=engine
+    ).stats
     assert stats.nfe == 1 + 6 * (stats.accepted + stats.rejected)
 
 
@@ -103,12 +118,21 @@ def test_solution_tells_what_happened(engine):
     assert (stats.engine, stats.method) == (engine, "dopri5")
     assert len(stats.accepted_times) == stats.accepted and stats.accepted_times[-1] == 2.0
     text = repr(solution)
-    for part in ("success", "dopri5", engine, "(3, 2, 3) float32", f"{stats.nfe} calls of func", "\N{HORIZONTAL ELLIPSIS} 2"):
+    for part in (
+        "success",
+        "dopri5",
+        engine,
+        "(3, 2, 3) float32",
+        f"{stats.nfe} calls of func",
+        "\N{HORIZONTAL ELLIPSIS} 2",
+    ):
         assert part in text
 
 
 def test_accepted_times_are_on_the_callers_clock(engine):
-    times = flashode.solve(growth, torch.ones(2), torch.tensor([2.0, 0.0]), engine=engine).stats.accepted_times
+    times = flashode.solve(
+        growth, torch.ones(2), torch.tensor([2.0, 0.0]), engine=engine
+    ).stats.accepted_times
     assert times == sorted(times, reverse=True) and times[-1] == 0.0 and times[0] < 2.0
 
 
@@ -125,6 +149,24 @@ def test_a_failed_solve_can_be_returned(engine):
         flashode.odeint(pole, torch.ones(1, dtype=torch.float64), t, engine=engine)
     error = caught.value
     assert error.reason == solution.status and 0.99 < error.t < 1.01 and error.nfe == solution.stats.nfe
+
+
+@pytest.mark.parametrize(
+    "error", [StopIteration, KeyboardInterrupt, RuntimeError, GeneratorExit], ids=lambda e: e.__name__
+)
+def test_exceptions_of_the_field_pass_through(error, engine):
+    """Unchanged, whatever they are; the next solve starts clean."""
+
+    def field(t, y):
+        if t > 0.5:
+            raise error("mine")
+        return -y
+
+    t = torch.tensor([0.0, 1.0])
+    with pytest.raises(error, match="mine"):
+        flashode.odeint(field, torch.ones(2), t, engine=engine)
+    ys = flashode.odeint(lambda t, y: -y, torch.ones(2), t, engine=engine)
+    torch.testing.assert_close(ys[-1], torch.full((2,), -1.0).exp())
 
 
 def test_results_do_not_alias_the_callers_tensors(engine):

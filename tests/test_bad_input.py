@@ -22,7 +22,8 @@ import pytest
 import torch
 
 import flashode
-from flashode import ArgumentError, ArgumentTypeError, SolveError, Status, extension, problem
+from flashode import ArgumentError, ArgumentTypeError, SolveError, Status, extension
+from flashode import arguments as arguments_module
 from flashode.methods import METHODS
 
 ADAPTIVE = [name for name, m in METHODS.items() if m.adaptive]
@@ -100,14 +101,28 @@ bad("y0 dict", ArgumentTypeError, "y0", "tuple of Tensors", "dict", y0={"a": ONE
 bad("y0 None", ArgumentTypeError, "y0", "None", y0=None)
 bad("y0 empty tuple", ArgumentError, "y0", "empty tuple", func=decay_pair, y0=())
 bad("y0 with an int member", ArgumentTypeError, "y0", "member 1", "torch.int64", func=decay_pair, y0=(ONES, torch.ones(2, dtype=torch.int64)))  # fmt: skip
-bad("y0 with a float member", ArgumentTypeError, "y0", "member 1", "float 1.0", func=decay_pair, y0=(ONES, 1.0))
+bad(
+    "y0 with a float member",
+    ArgumentTypeError,
+    "y0",
+    "member 1",
+    "float 1.0",
+    func=decay_pair,
+    y0=(ONES, 1.0),
+)
 bad("y0 meta", NotImplementedError, "y0", "meta", y0=torch.ones(2, device="meta"))
 bad("y0 sparse", ArgumentTypeError, "y0", "torch.sparse_coo", "to_dense", y0=ONES.to_sparse())
 
 # Times.
 bad("t unsorted", ArgumentError, "t must be strictly", "t[1] = 1.0 and t[2] = 0.5", t=f64(0, 1, 0.5))
 bad("t turns", ArgumentError, "t must be strictly", "t[1] = 0.5 and t[2] = 2.0", t=f64(1, 0.5, 2))
-bad("t repeated inside", ArgumentError, "t must be strictly", "t[1] = 0.5 and t[2] = 0.5", t=f64(0, 0.5, 0.5, 1))
+bad(
+    "t repeated inside",
+    ArgumentError,
+    "t must be strictly",
+    "t[1] = 0.5 and t[2] = 0.5",
+    t=f64(0, 0.5, 0.5, 1),
+)
 bad("t repeated first", ArgumentError, "t must be strictly", "t[0] = 0.0 and t[1] = 0.0", t=f64(0, 0, 1))
 bad("t all equal", ArgumentError, "t must be strictly", "t[0] = 1.0 and t[1] = 1.0", t=f64(1, 1))
 bad("t empty", ArgumentError, "t is empty", t=f64())
@@ -120,7 +135,14 @@ bad("t int", ArgumentTypeError, "`t`", "floating point", "torch.int64", t=torch.
 bad("t complex", ArgumentTypeError, "`t`", "floating point", "torch.complex64", t=torch.tensor([0j, 1j]))
 bad("t NaN", ArgumentError, "t must be finite", "t[1] = nan", t=f64(0, NAN, 1))
 bad("t inf", ArgumentError, "t must be finite", "t[1] = inf", t=f64(0, INF))
-bad("t -inf first, fixed steps", ArgumentError, "t must be finite", "t[0] = -inf", t=f64(-INF, 0), method="rk4")
+bad(
+    "t -inf first, fixed steps",
+    ArgumentError,
+    "t must be finite",
+    "t[0] = -inf",
+    t=f64(-INF, 0),
+    method="rk4",
+)
 bad("t meta", ArgumentTypeError, "t is on the meta device", t=torch.zeros(2, device="meta"))
 bad("t sparse", ArgumentTypeError, "t is a torch.sparse_coo Tensor", t=UNIT.to_sparse())
 unsolvable("t too coarse for the step", Status.STEP_UNDERFLOW, "underflow in dt", "t=1e+17", "resolution of t", t=f64(1e17, 1e17 + 16))  # fmt: skip
@@ -152,7 +174,15 @@ for _method in ("dopri5", "rk4"):
     bad(f"slope transposed, {_method}", ArgumentError, "func", "(2, 3)", "expected (3, 2)", func=lambda t, y: -y.T, y0=torch.ones(3, 2), method=_method)  # fmt: skip
     bad(f"slope long, {_method}", ArgumentError, "func", "(4,)", "expected (2,)", func=lambda t, y: torch.cat([y, y]), method=_method)  # fmt: skip
     bad(f"slope complex, {_method}", ArgumentTypeError, "func", "torch.complex128", "torch.float64", func=lambda t, y: -y + 0j, method=_method)  # fmt: skip
-    bad(f"slope meta, {_method}", ArgumentError, "func", "meta", "cpu", func=lambda t, y: y.to("meta"), method=_method)
+    bad(
+        f"slope meta, {_method}",
+        ArgumentError,
+        "func",
+        "meta",
+        "cpu",
+        func=lambda t, y: y.to("meta"),
+        method=_method,
+    )
     bad(f"slope sparse, {_method}", ArgumentTypeError, "func", "torch.sparse_coo", func=lambda t, y: (-y).to_sparse(), method=_method)  # fmt: skip
 bad("slope complex for a real member", ArgumentTypeError, "func: member 0", "complex64", "float32", reference_only=True,
     func=lambda t, y: (y[0] + 0j, y[1]), y0=(torch.ones(2), torch.ones(2, dtype=torch.complex64)))  # fmt: skip
@@ -187,7 +217,9 @@ def robertson(t, y):
 FEW = {"max_num_steps": 300}
 TENTHS = {"step_size": 0.1}
 FIELD, STATE, STEPS, UNDERFLOW = Status.NONFINITE_FIELD, Status.NONFINITE_STATE, Status.MAX_STEPS, Status.STEP_UNDERFLOW  # fmt: skip
-unsolvable("slope NaN at once", FIELD, "func returned", "nan at element [0]", "t=0.0", func=lambda t, y: y * NAN)
+unsolvable(
+    "slope NaN at once", FIELD, "func returned", "nan at element [0]", "t=0.0", func=lambda t, y: y * NAN
+)
 unsolvable("slope NaN at once, rk4", FIELD, "func returned", "nan at element [0]", "t=0.0", func=lambda t, y: y * NAN, method="rk4")  # fmt: skip
 unsolvable("slope NaN later", FIELD, "func returned", "nan at element [1]", "t=0.5", func=late(NAN))
 unsolvable("slope inf later", FIELD, "func returned", "inf at element [1]", "t=0.5", func=late(INF))
@@ -196,7 +228,9 @@ unsolvable("slope inf later, euler", FIELD, "func returned", "inf at element [1]
 unsolvable("slope NaN later, member", FIELD, "func returned", "nan at element [1, 1]", func=lambda t, y: (-y[0], late(NAN)(t, y[1])), y0=(ONES, ONES))  # fmt: skip
 unsolvable("slope NaN later, backwards", FIELD, "func returned", "nan at element [1]", "t=0.", func=lambda t, y: late(NAN)(1 - t, y), t=f64(1, 0))  # fmt: skip
 unsolvable("slope NaN later, least step", FIELD, "func returned", "nan at element [1]", func=late(NAN), options={"min_step": 0.1})  # fmt: skip
-unsolvable("leaves the domain", FIELD, "func returned", "nan at element [0]", "domain", func=root, t=f64(0, 3))
+unsolvable(
+    "leaves the domain", FIELD, "func returned", "nan at element [0]", "domain", func=root, t=f64(0, 3)
+)
 unsolvable("leaves the domain, rk4", FIELD, "func returned", "nan at element [0]", func=root, t=f64(0, 3), method="rk4", options=TENTHS)  # fmt: skip
 unsolvable("grows past the dtype", FIELD, "func returned", "inf at element [0]", "grows beyond its dtype", func=lambda t, y: y, y0=f64(1e300), t=f64(0, 100))  # fmt: skip
 unsolvable("grows past the dtype, euler", STATE, "state `y`", "inf at element [0]", "overflows", func=lambda t, y: y, y0=f64(1e300), t=f64(0, 100), method="euler", options={"step_size": 1.0})  # fmt: skip
@@ -204,16 +238,30 @@ unsolvable("grows past the dtype, float32", STEPS, "max_num_steps", "inf at elem
 unsolvable("grows past the dtype, constant slope", STEPS, "max_num_steps", "non-finite values (inf at element [0])", func=lambda t, y: torch.full_like(y, 1e308), y0=f64(1.7e308), t=f64(0, 10), options=FEW)  # fmt: skip
 unsolvable("pole", UNDERFLOW, "underflow in dt", "t=1.0000", "singularity", func=square, t=f64(0, 2))
 unsolvable("pole, rk4", FIELD, "func returned", "inf at element", func=square, t=f64(0, 2), method="rk4", options=TENTHS)  # fmt: skip
-unsolvable("stiff", STEPS, "max_num_steps exceeded (300>=300)", "stiff", func=stiff, t=f64(0, 10), options=FEW)
+unsolvable(
+    "stiff", STEPS, "max_num_steps exceeded (300>=300)", "stiff", func=stiff, t=f64(0, 10), options=FEW
+)
 unsolvable("stiff, van der Pol", STEPS, "max_num_steps exceeded (300>=300)", "stiff", func=van_der_pol, y0=f64(2, 0), t=f64(0, 2000), options=FEW)  # fmt: skip
 unsolvable("stiff, Robertson", STEPS, "max_num_steps exceeded (300>=300)", "stiff", func=robertson, y0=f64(1, 0, 0), t=f64(0, 100), options=FEW)  # fmt: skip
 
 # Tolerances.
 for _name in ("rtol", "atol"):
     for _value, _words in ((-1e-3, "-0.001"), (INF, "inf"), (NAN, "nan"), (f64(1e-3, -1), "-1.0"), (f64(1e-3, INF), "inf"), (f64(NAN, 1), "nan")):  # fmt: skip
-        bad(f"{_name} {_value}", ArgumentError, f"{_name} must be finite and not negative", _words, **{_name: _value})
+        bad(
+            f"{_name} {_value}",
+            ArgumentError,
+            f"{_name} must be finite and not negative",
+            _words,
+            **{_name: _value},
+        )
     for _value, _words in (("1e-3", "str '1e-3'"), (None, "None"), (1e-3j, "complex 0.001j"), (True, "bool True"), ([1e-3, 1e-3], "list"), (np.ones(2), "ndarray")):  # fmt: skip
-        bad(f"{_name} {_value}", ArgumentTypeError, f"{_name} must be a number or a Tensor", _words, **{_name: _value})
+        bad(
+            f"{_name} {_value}",
+            ArgumentTypeError,
+            f"{_name} must be a number or a Tensor",
+            _words,
+            **{_name: _value},
+        )
     bad(f"{_name} complex Tensor", ArgumentTypeError, f"{_name} must be real", "torch.complex64", **{_name: torch.tensor(1j)})  # fmt: skip
     bad(f"{_name} requires gradient", ArgumentError, f"{_name} cannot require gradient", **{_name: torch.tensor(1e-3, requires_grad=True)})  # fmt: skip
     bad(f"{_name} of a wrong shape", ArgumentError, _name, "(3,)", "(2,)", **{_name: torch.full((3,), 1e-3)})
@@ -229,7 +277,9 @@ unsolvable("atol 0 at zero, member", ERROR, "is 0 at element [1, 0]", func=decay
 unsolvable("atol 0 reaching zero", UNDERFLOW, "underflow in dt", "t=0.5", "an atol of 0 needs a state that never vanishes", atol=0,
            func=lambda t, y: torch.where(t >= 0.5, f64(0, 0), f64(0, -2)), options={"step_t": f64(0.5), "first_step": 0.5})  # fmt: skip
 unsolvable("atol 0, denormal", ERROR, "tolerance atol + rtol * |y| is 0", y0=f64(1e-320, 1), atol=0)
-unsolvable("too steep for any step", ERROR, "norm overflows", "rescale", func=lambda t, y: torch.full_like(y, 1e170))
+unsolvable(
+    "too steep for any step", ERROR, "norm overflows", "rescale", func=lambda t, y: torch.full_like(y, 1e170)
+)
 
 # Method and options.
 bad("method unknown", ArgumentError, 'Invalid method "dopri6"', 'Did you mean "dopri', method="dopri6")
@@ -241,7 +291,12 @@ bad("options list", ArgumentTypeError, "options must be a dict", "list", options
 for _value in (0, 0.0, -0.1, -INF, NAN):
     bad(f"step_size {_value}", ArgumentError, "options['step_size'] must be greater than 0", f"got {float(_value)}", method="rk4", options={"step_size": _value})  # fmt: skip
     bad(f"first_step {_value}", ArgumentError, "options['first_step'] must be greater than 0", f"got {float(_value)}", options={"first_step": _value})  # fmt: skip
-for _name, _method in (("step_size", "rk4"), ("first_step", "dopri5"), ("ifactor", "dopri5"), ("min_step", "dopri5")):
+for _name, _method in (
+    ("step_size", "rk4"),
+    ("first_step", "dopri5"),
+    ("ifactor", "dopri5"),
+    ("min_step", "dopri5"),
+):
     bad(f"{_name} inf", ArgumentError, f"options['{_name}'] must be finite", "got inf", method=_method, options={_name: INF})  # fmt: skip
     bad(f"{_name} string", ArgumentTypeError, f"options['{_name}'] must be a number", "str '0.1'", method=_method, options={_name: "0.1"})  # fmt: skip
     bad(f"{_name} list", ArgumentTypeError, f"options['{_name}'] must be a number", "list", method=_method, options={_name: [0.1]})  # fmt: skip
@@ -256,13 +311,48 @@ def grid(*values):
 
 
 bad("grid_constructor not callable", ArgumentTypeError, "options['grid_constructor'] must be callable", "list", method="rk4", options={"grid_constructor": [0, 1]})  # fmt: skip
-bad("grid unsorted", ArgumentError, "grid_constructor's grid", "[1] = 0.7", "[2] = 0.3", **grid(0, 0.7, 0.3, 1))
-bad("grid repeated", ArgumentError, "grid_constructor's grid", "[1] = 0.5", "[2] = 0.5", **grid(0, 0.5, 0.5, 1))
+bad(
+    "grid unsorted",
+    ArgumentError,
+    "grid_constructor's grid",
+    "[1] = 0.7",
+    "[2] = 0.3",
+    **grid(0, 0.7, 0.3, 1),
+)
+bad(
+    "grid repeated",
+    ArgumentError,
+    "grid_constructor's grid",
+    "[1] = 0.5",
+    "[2] = 0.5",
+    **grid(0, 0.5, 0.5, 1),
+)
 bad("grid NaN", ArgumentError, "grid_constructor's grid", "[1] = nan", **grid(0, NAN, 1))
 bad("grid empty", ArgumentError, "grid_constructor's grid", "empty", **grid())
-bad("grid too short", ArgumentError, "grid_constructor's grid", "t[-1] = 1.0", "runs from 0.0 to 0.9", **grid(0, 0.9))
-bad("grid too long", ArgumentError, "grid_constructor's grid", "t[-1] = 1.0", "runs from 0.0 to 2.0", **grid(0, 2))
-bad("grid late", ArgumentError, "grid_constructor's grid", "t[0] = 0.0", "runs from 0.5 to 1.0", **grid(0.5, 1))
+bad(
+    "grid too short",
+    ArgumentError,
+    "grid_constructor's grid",
+    "t[-1] = 1.0",
+    "runs from 0.0 to 0.9",
+    **grid(0, 0.9),
+)
+bad(
+    "grid too long",
+    ArgumentError,
+    "grid_constructor's grid",
+    "t[-1] = 1.0",
+    "runs from 0.0 to 2.0",
+    **grid(0, 2),
+)
+bad(
+    "grid late",
+    ArgumentError,
+    "grid_constructor's grid",
+    "t[0] = 0.0",
+    "runs from 0.5 to 1.0",
+    **grid(0.5, 1),
+)
 bad("grid the wrong way", ArgumentError, "grid_constructor's grid", "runs from 1.0 to 0.0", **grid(1, 0))
 bad("grid list", ArgumentTypeError, "grid_constructor must return a Tensor", "list", method="rk4", options={"grid_constructor": lambda f, y0, t: [0.0, 1.0]})  # fmt: skip
 bad("grid int", ArgumentTypeError, "grid_constructor's grid", "torch.int64", method="rk4", options={"grid_constructor": lambda f, y0, t: torch.arange(2)})  # fmt: skip
@@ -272,8 +362,20 @@ for _value in (0, -1, NAN):
 bad("max_num_steps 2.5", ArgumentError, "options['max_num_steps'] must be a whole number", "2.5", options={"max_num_steps": 2.5})  # fmt: skip
 bad("max_num_steps None", ArgumentTypeError, "options['max_num_steps'] must be a number", "None", options={"max_num_steps": None})  # fmt: skip
 bad("min_step over max_step", ArgumentError, "options['min_step'] is 2.0", "options['max_step'], 1.0", options={"min_step": 2.0, "max_step": 1.0})  # fmt: skip
-bad("min_step negative", ArgumentError, "options['min_step'] must be at least 0", "-0.1", options={"min_step": -0.1})
-bad("max_step 0", ArgumentError, "options['max_step'] must be greater than 0", "got 0.0", options={"max_step": 0})
+bad(
+    "min_step negative",
+    ArgumentError,
+    "options['min_step'] must be at least 0",
+    "-0.1",
+    options={"min_step": -0.1},
+)
+bad(
+    "max_step 0",
+    ArgumentError,
+    "options['max_step'] must be greater than 0",
+    "got 0.0",
+    options={"max_step": 0},
+)
 for _name, _value, _words in (("safety", 5, "at most 1"), ("safety", 0, "greater than 0"), ("safety", NAN, "at most 1"), ("ifactor", 0.5, "at least 1"),
                               ("ifactor", -1, "at least 1"), ("dfactor", 1.5, "at most 1"), ("dfactor", 0, "greater than 0")):  # fmt: skip
     bad(f"{_name} {_value}", ArgumentError, f"options['{_name}']", _words, f"got {float(_value)}", options={_name: _value})  # fmt: skip
@@ -281,16 +383,43 @@ bad("jump_t string", ArgumentTypeError, "options['jump_t']", "str 'a'", options=
 bad("jump_t NaN", ArgumentError, "options['jump_t'] holds NaN", options={"jump_t": f64(NAN)})
 bad("jump_t repeated", ArgumentError, "`step_t` and `jump_t`", "repeated", options={"jump_t": f64(0.5), "step_t": [0.5]})  # fmt: skip
 bad("dtype of time", ArgumentError, "options['dtype']", "torch.int64", options={"dtype": torch.int64})
-bad("interp unknown", ArgumentError, "'quartic'", "options['interp']", method="rk4", options={"interp": "quartic"})
-bad("interp list", ArgumentError, "['linear']", "options['interp']", method="rk4", options={"interp": ["linear"]})
-bad("norm a string", ArgumentTypeError, "options['norm'] must be callable", "str 'max'", options={"norm": "max"})
+bad(
+    "interp unknown",
+    ArgumentError,
+    "'quartic'",
+    "options['interp']",
+    method="rk4",
+    options={"interp": "quartic"},
+)
+bad(
+    "interp list",
+    ArgumentError,
+    "['linear']",
+    "options['interp']",
+    method="rk4",
+    options={"interp": ["linear"]},
+)
+bad(
+    "norm a string",
+    ArgumentTypeError,
+    "options['norm'] must be callable",
+    "str 'max'",
+    options={"norm": "max"},
+)
 for _value, _words in ((f64(1, 2), "shape (2,)"), (None, "None"), ("1", "str '1'"), (True, "bool True")):
     bad(f"norm returns {_value}", ArgumentTypeError, "options['norm'] must return a scalar", _words, options={"norm": lambda e, v=_value: v})  # fmt: skip
 for _value in (-1.0, torch.tensor(-1.0)):
     bad(f"norm returns {_value!r}", ArgumentError, "options['norm'] must return", "not negative", "-1.0", options={"norm": lambda e, v=_value: v})  # fmt: skip
 for _value in (NAN, torch.tensor(NAN)):
-    bad(f"norm returns {_value!r}", ArgumentError, "options['norm'] returned nan", options={"norm": lambda e, v=_value: v})
-unsolvable("norm never satisfied", UNDERFLOW, "underflow in dt", "error ratio 7", options={"norm": lambda e: 7})
+    bad(
+        f"norm returns {_value!r}",
+        ArgumentError,
+        "options['norm'] returned nan",
+        options={"norm": lambda e, v=_value: v},
+    )
+unsolvable(
+    "norm never satisfied", UNDERFLOW, "underflow in dt", "error ratio 7", options={"norm": lambda e: 7}
+)
 unsolvable("norm returns inf", ERROR, "options['norm'] overflows", options={"norm": lambda e: INF})
 
 
@@ -301,7 +430,14 @@ def half_way(t, y):
 
 bad("event not callable", ArgumentTypeError, "event_fn must be callable", "str 'y'", event_fn="y")
 bad("event with three times", ArgumentError, "len(t)=3", event_fn=half_way, t=f64(0, 1, 2))
-bad("event with a list of times", ArgumentTypeError, "t must be a torch.Tensor", "list", event_fn=half_way, t=[0.0, 1.0])
+bad(
+    "event with a list of times",
+    ArgumentTypeError,
+    "t must be a torch.Tensor",
+    "list",
+    event_fn=half_way,
+    t=[0.0, 1.0],
+)
 bad("event, rk4 without step_size", ArgumentError, "step_size", event_fn=half_way, method="rk4")
 bad("event, step_size negative", ArgumentError, "options['step_size']", "-0.1", event_fn=half_way, method="rk4", options={"step_size": -0.1})  # fmt: skip
 bad("event returns a float", ArgumentTypeError, "event_fn must return a Tensor", "float", event_fn=lambda t, y: 1.0, reference_only=True)  # fmt: skip
@@ -314,7 +450,9 @@ def entries_of(row):
     return ["native", "reference", "adjoint"] if native else ["reference", "adjoint"]
 
 
-@pytest.mark.parametrize("row, entry", [pytest.param(r, e, id=f"{r.name}-{e}") for r in ROWS for e in entries_of(r)])
+@pytest.mark.parametrize(
+    "row, entry", [pytest.param(r, e, id=f"{r.name}-{e}") for r in ROWS for e in entries_of(r)]
+)
 def test_bad_input_raises_an_error_that_names_it(row, entry):
     with pytest.raises(row.error) as caught:
         solve_row(row, entry)
@@ -351,7 +489,9 @@ def errors_of_all_rows():
 
 def test_python_O_raises_the_same_errors():
     here = pathlib.Path(__file__)
-    run = subprocess.run([sys.executable, "-O", here.name], cwd=here.parent, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-O", here.name], cwd=here.parent, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     child = json.loads(run.stdout)
     assert child.pop("optimized") is True
@@ -385,25 +525,56 @@ class Reporting:
 
 def junk_places():
     """For every argument: the name that an error must hold, and the call's arguments with junk in it."""
-    both, pair = (("dopri5", problem.ADAPTIVE_OPTIONS), ("rk4", problem.FIXED_OPTIONS)), {"func": decay_pair, "y0": (ONES, f64(1))}
+    both, pair = (
+        (("dopri5", arguments_module.ADAPTIVE_OPTIONS), ("rk4", arguments_module.FIXED_OPTIONS)),
+        {"func": decay_pair, "y0": (ONES, f64(1))},
+    )
     few = {"dopri5": {"max_num_steps": 300}, "rk4": {}}
     for method, options in both:
         for name in ("func", "y0", "t", "rtol", "atol", "method", "options", "engine", "event_fn"):
             yield f"{name}, {method}", name, lambda j, n=name, m=method: {"method": m, n: j}
         for name in ("rtol", "atol"):
-            yield f"{name} of a tuple, {method}", name, lambda j, n=name, m=method: {**pair, "method": m, n: j}
-            yield f"{name} of a member, {method}", name, lambda j, n=name, m=method: {**pair, "method": m, n: (1e-3, j)}
+            yield (
+                f"{name} of a tuple, {method}",
+                name,
+                lambda j, n=name, m=method: {**pair, "method": m, n: j},
+            )
+            yield (
+                f"{name} of a member, {method}",
+                name,
+                lambda j, n=name, m=method: {**pair, "method": m, n: (1e-3, j)},
+            )
         for name in options:
-            yield f"{name}, {method}", name, lambda j, n=name, m=method: {"method": m, "options": {**few[m], n: j}}
-        for name in problem.CALLBACKS:
-            yield f"{name}, {method}", name, lambda j, n=name, m=method: {"method": m, "func": Reporting(**{n: j})}
+            yield (
+                f"{name}, {method}",
+                name,
+                lambda j, n=name, m=method: {"method": m, "options": {**few[m], n: j}},
+            )
+        for name in arguments_module.CALLBACKS:
+            yield (
+                f"{name}, {method}",
+                name,
+                lambda j, n=name, m=method: {"method": m, "func": Reporting(**{n: j})},
+            )
         yield f"y0 member, {method}", "y0", lambda j, m=method: {**pair, "method": m, "y0": (ONES, j)}
         yield f"slope, {method}", "func", lambda j, m=method: {"method": m, "func": lambda t, y: j}
-        yield f"slope of a tuple, {method}", "func", lambda j, m=method: {**pair, "method": m, "func": lambda t, y: j}
+        yield (
+            f"slope of a tuple, {method}",
+            "func",
+            lambda j, m=method: {**pair, "method": m, "func": lambda t, y: j},
+        )
         yield f"slope member, {method}", "func", lambda j, m=method: {**pair, "method": m, "func": lambda t, y: (-y[0], j)}  # fmt: skip
     yield "norm's value", "norm", lambda j: {"options": {"norm": lambda e: j, "max_num_steps": 300}}
-    yield "grid", "grid_constructor", lambda j: {"method": "rk4", "options": {"grid_constructor": lambda f, y, t: j}}
-    yield "event's value", "event", lambda j: {"t": UNIT, "event_fn": lambda t, y: j, "options": {"max_num_steps": 300}}
+    yield (
+        "grid",
+        "grid_constructor",
+        lambda j: {"method": "rk4", "options": {"grid_constructor": lambda f, y, t: j}},
+    )
+    yield (
+        "event's value",
+        "event",
+        lambda j: {"t": UNIT, "event_fn": lambda t, y: j, "options": {"max_num_steps": 300}},
+    )
 
 
 @pytest.mark.parametrize("name, arguments", [pytest.param(*rest, id=i) for i, *rest in junk_places()])
@@ -414,7 +585,9 @@ def test_junk_is_refused_by_name_or_served(name, arguments):
         given = {"func": decay, "y0": ONES, "t": f64(0, 0.5, 1), **arguments(junk)}
         try:
             result = flashode.odeint(given.pop("func"), given.pop("y0"), given.pop("t"), **given)
-            served = [x for x in result if isinstance(x, torch.Tensor)] if isinstance(result, tuple) else [result]
+            served = (
+                [x for x in result if isinstance(x, torch.Tensor)] if isinstance(result, tuple) else [result]
+            )
             if not all(x.isfinite().all() for x in served):
                 wrong.append((junk, "non-finite numbers"))
         except (ArgumentError, ArgumentTypeError, NotImplementedError, UserWarning) as error:
@@ -482,7 +655,9 @@ def test_no_method_returns_non_finite_rows(method, engine):
     except SolveError as error:
         assert error.reason is Status.NONFINITE_FIELD and error.index == (0,)
     else:
-        torch.testing.assert_close(ys, torch.exp(-1e-3 * f64(0, 0.75, 1))[:, None].expand(3, 2), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            ys, torch.exp(-1e-3 * f64(0, 0.75, 1))[:, None].expand(3, 2), rtol=1e-6, atol=0
+        )
 
 
 def test_noise_in_the_field_ends_in_an_error(engine):
@@ -546,7 +721,9 @@ def test_strides_of_the_state_change_no_bit(method, engine):
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_complex_state(method):
     t = torch.linspace(0, 1, 41, dtype=torch.float64)
-    ys = flashode.odeint(lambda t, y: 1j * y, torch.tensor([1 + 0j, 1j], dtype=torch.complex128), t, method=method)
+    ys = flashode.odeint(
+        lambda t, y: 1j * y, torch.tensor([1 + 0j, 1j], dtype=torch.complex128), t, method=method
+    )
     expected = torch.exp(1j * t)[:, None] * torch.tensor([1, 1j])
     torch.testing.assert_close(ys, expected, rtol=1e-6, atol=1e-7)
 
@@ -590,7 +767,9 @@ def test_empty_states(method, engine):
     t = f64(0, 0.5, 1)
     assert flashode.odeint(decay, torch.zeros(0), t, method=method, engine=engine).shape == (3, 0)
     assert flashode.odeint(decay, torch.zeros(3, 0, 2), t, method=method, engine=engine).shape == (3, 3, 0, 2)
-    empty, full = flashode.odeint(decay_pair, (torch.zeros(0), torch.ones(2)), t, method=method, engine=engine)
+    empty, full = flashode.odeint(
+        decay_pair, (torch.zeros(0), torch.ones(2)), t, method=method, engine=engine
+    )
     assert empty.shape == (3, 0)
     assert torch.equal(full, flashode.odeint(decay, torch.ones(2), t, method=method, engine=engine))
 
@@ -630,7 +809,9 @@ def test_gradients_pass_an_inference_tensor_as_state(engine):
 def test_default_tolerances_are_raised_to_what_16_bits_can_meet(dtype, engine):
     y0 = torch.tensor([1.0, 2.0], dtype=dtype)
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    with pytest.warns(UserWarning, match=f"{dtype} cannot meet these tolerances: rtol raised to .*, atol to") as seen:
+    with pytest.warns(
+        UserWarning, match=f"{dtype} cannot meet these tolerances: rtol raised to .*, atol to"
+    ) as seen:
         ys = flashode.odeint(decay, y0, t, engine=engine)
     assert len(seen) == 1 and ys.dtype == dtype
     error = (ys.double() - y0.double() * torch.exp(-t)[:, None]).abs().max().item()
@@ -717,7 +898,11 @@ def with_buffer(kind):
             np.negative(y.detach().numpy(), out=memory)
             return torch.from_numpy(memory)
         place = memory[:2] if kind == "view" else memory[::2] if kind == "strided view" else memory
-        return torch.neg(y.detach(), out=place) if kind != "tensor" else place.resize_(2).copy_(y.detach()).neg_()
+        return (
+            torch.neg(y.detach(), out=place)
+            if kind != "tensor"
+            else place.resize_(2).copy_(y.detach()).neg_()
+        )
 
     return field
 
@@ -728,7 +913,9 @@ def kept():
 
     def field(t, y):
         memory.append((t, y, -y))
-        assert all(torch.equal(-old, slope) for _, old, slope in memory), "a tensor that func kept was overwritten"
+        assert all(torch.equal(-old, slope) for _, old, slope in memory), (
+            "a tensor that func kept was overwritten"
+        )
         return memory[-1][-1]
 
     return field
@@ -753,7 +940,9 @@ def test_odd_fields_give_the_same_bits_as_the_clean_one(odd, method, engine):
     options = None if METHODS[method].adaptive else {"step_size": 0.125}
     y0, t = f64(1, 2), f64(0, 0.3, 1)
     expected = flashode.odeint(decay, y0, t, method=method, options=options, engine=engine)
-    assert torch.equal(flashode.odeint(ODD[odd](), y0, t, method=method, options=options, engine=engine), expected)
+    assert torch.equal(
+        flashode.odeint(ODD[odd](), y0, t, method=method, options=options, engine=engine), expected
+    )
     assert torch.equal(y0, f64(1, 2)) and torch.equal(t, f64(0, 0.3, 1))
 
 
@@ -836,7 +1025,9 @@ def test_a_detached_field_has_gradient_one(method, engine):
 
 def test_batch_norm_in_training_is_accepted(engine):
     layer = torch.nn.BatchNorm1d(2).double()
-    ys = flashode.odeint(lambda t, y: layer(y), torch.randn(8, 2, dtype=torch.float64), UNIT, rtol=1e-3, engine=engine)
+    ys = flashode.odeint(
+        lambda t, y: layer(y), torch.randn(8, 2, dtype=torch.float64), UNIT, rtol=1e-3, engine=engine
+    )
     assert ys.isfinite().all() and layer.num_batches_tracked > 2
 
 
@@ -849,7 +1040,9 @@ def test_nested_solves(inner, engine):
     arguments |= {"engine": engine, "rtol": 1e-6, "atol": 1e-8}
     ys = flashode.odeint(lambda t, y: -odeint(decay, y, UNIT, **arguments)[-1], y0, UNIT, engine=engine)
     ys[-1].sum().backward()
-    torch.testing.assert_close(torch.stack([ys[-1, 0], y0.grad[0]]), f64(*[math.exp(-rate)] * 2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.stack([ys[-1, 0], y0.grad[0]]), f64(*[math.exp(-rate)] * 2), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -879,7 +1072,9 @@ def test_func_is_never_called_outside_the_interval(method, engine):
             for options in variants:
                 func = Counting(lambda t, y: torch.cos(3 * t) * y)
                 y0 = torch.ones(2, dtype=dtype)
-                flashode.odeint(func, y0, t, method=method, rtol=0.1, atol=0.1, options=options, engine=engine)
+                flashode.odeint(
+                    func, y0, t, method=method, rtol=0.1, atol=0.1, options=options, engine=engine
+                )
                 low, high = min(ends), max(ends)
                 assert [x for x in func.times if not low <= x <= high] == []
                 assert len(func.times) >= len(t) - 1 or adaptive
@@ -1072,7 +1267,9 @@ def test_events(kind, method, options):
 
 @EVENT
 def test_an_event_that_is_zero_at_the_start_has_fired(method, options):
-    event_t, ys = flashode.odeint(decay, ONES, UNIT, event_fn=lambda t, y: y[0] - 1, method=method, options=options)
+    event_t, ys = flashode.odeint(
+        decay, ONES, UNIT, event_fn=lambda t, y: y[0] - 1, method=method, options=options
+    )
     assert event_t.item() == 0 and torch.equal(ys, torch.stack([ONES, ONES]))
 
 
@@ -1080,7 +1277,9 @@ def test_an_event_that_is_zero_at_the_start_has_fired(method, options):
 def test_exceptions_of_the_event_pass_through(method, options):
     error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt) as caught:
-        flashode.odeint(decay, ONES, UNIT, event_fn=Counting(half_way, error, 3), method=method, options=options)
+        flashode.odeint(
+            decay, ONES, UNIT, event_fn=Counting(half_way, error, 3), method=method, options=options
+        )
     assert caught.value is error
 
 

@@ -29,7 +29,6 @@ def decay(run, **contestants):
     return run.Contest("decay", contestants, lambda: truth, bound=1e-6, func=lambda t, y: -y)
 
 
-
 def test_quick_spiral_reports_what_a_reader_needs(native, tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, str(BENCH / "run.py"), "spiral", "--quick", "--json", str(report)]

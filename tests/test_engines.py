@@ -26,7 +26,11 @@ def both(field, y0, t, **arguments):
 
 def assert_same_steps(reference, native):
     (a, f), (b, g) = reference, native
-    assert (a.stats.accepted, a.stats.rejected, a.stats.nfe) == (b.stats.accepted, b.stats.rejected, b.stats.nfe)
+    assert (a.stats.accepted, a.stats.rejected, a.stats.nfe) == (
+        b.stats.accepted,
+        b.stats.rejected,
+        b.stats.nfe,
+    )
     assert b.stats.nfe == g.nfe == f.nfe
     torch.testing.assert_close(
         torch.tensor(f.times), torch.tensor(g.times), rtol=1e-9, atol=1e-9 * max(map(abs, f.times))
@@ -138,7 +142,9 @@ def test_a_tuple_state_is_its_members_side_by_side(method, engine, device):
         torch.tensor(1.0, dtype=torch.float64, device=device),
     )
     t = torch.linspace(0, 2, 5, dtype=torch.float64)
-    ys = flashode.odeint(field, y0, t, method=method, engine=engine, options={"step_size": 0.01} if method == "rk4" else None)
+    ys = flashode.odeint(
+        field, y0, t, method=method, engine=engine, options={"step_size": 0.01} if method == "rk4" else None
+    )
     assert [y.shape for y in ys] == [(5, 3), (5, 2, 2), (5,)]
     torch.testing.assert_close(ys[0][-1], y0[0] * torch.exp(-t[-1]), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(ys[2].cpu(), growth_solution(t), rtol=1e-6, atol=1e-8)
@@ -176,7 +182,9 @@ def test_tensors_shown_to_the_field_are_never_written_again(keep, method, engine
     y0, t = torch.rand(3), torch.linspace(0, 3, 20)
     with torch.no_grad():
         ys = flashode.odeint(field, y0, t, method=method, rtol=1e-4, atol=1e-4, engine=engine)
-        clean = flashode.odeint(lambda t, y: -y * torch.cos(t), y0, t, method=method, rtol=1e-4, atol=1e-4, engine=engine)
+        clean = flashode.odeint(
+            lambda t, y: -y * torch.cos(t), y0, t, method=method, rtol=1e-4, atol=1e-4, engine=engine
+        )
     assert torch.equal(ys, clean)
     for kept_y, y, kept_t, t_seen in kept:
         assert torch.equal(kept_y.reshape(-1), y[: kept_y.numel()])

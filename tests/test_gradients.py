@@ -85,7 +85,9 @@ def test_the_gradient_of_an_output_time_on_a_grid_point(backward, engine):
     t = torch.tensor([1.0, 0.5, 0.0] if backward else [0.0, 0.5, 1.0], dtype=F64, requires_grad=True)
     y0 = torch.ones((), dtype=F64, requires_grad=True)
     for options in ({"step_size": 1 / 64}, {"step_size": 1 / 64, "interp": "cubic"}):
-        ys = flashode.odeint(lambda t, y: y * torch.cos(t), y0, t, method="rk4", options=options, engine=engine)
+        ys = flashode.odeint(
+            lambda t, y: y * torch.cos(t), y0, t, method="rk4", options=options, engine=engine
+        )
         (g,) = torch.autograd.grad(ys[1], t)
         slope = (ys[1] * torch.cos(t[1])).detach()
         expected = torch.stack([-ys[1] * torch.cos(t[0]), slope, torch.zeros_like(slope)]).detach()
@@ -153,11 +155,16 @@ def test_tuple_states(mode, engine):
         field = Field()
         t = torch.linspace(0, 1, 4, dtype=F64)
         extra = {"adjoint_params": tuple(field.parameters())} if mode == "odeint_adjoint" else {}
-        ys = getattr(flashode, mode)(field, (a, b), t, rtol=[1e-10, 1e-9], atol=[1e-12, 1e-11], engine=engine, **extra)
+        ys = getattr(flashode, mode)(
+            field, (a, b), t, rtol=[1e-10, 1e-9], atol=[1e-12, 1e-11], engine=engine, **extra
+        )
         loss = (ys[0] * torch.arange(8.0, dtype=F64).reshape(4, 2)).sum() + (ys[1] ** 2).sum()
         return torch.autograd.grad(loss, [a, b, *field.parameters()])
 
-    a, b = torch.tensor([1.0, -0.5], dtype=F64, requires_grad=True), torch.tensor(0.2, dtype=F64, requires_grad=True)
+    a, b = (
+        torch.tensor([1.0, -0.5], dtype=F64, requires_grad=True),
+        torch.tensor(0.2, dtype=F64, requires_grad=True),
+    )
     grads = solve(None, a, b)
     for g, (x, i) in zip(grads, [(a, 0), (b, ())]):
         assert g.shape == x.shape
@@ -167,7 +174,14 @@ def test_tuple_states(mode, engine):
         da, db = flat(t, (y[:2], y[2]))
         return torch.cat([da, db[None]])
 
-    y = flashode.odeint(joined, torch.cat([a, b[None]]), torch.linspace(0, 1, 4, dtype=F64), rtol=1e-10, atol=1e-12, engine="reference")
+    y = flashode.odeint(
+        joined,
+        torch.cat([a, b[None]]),
+        torch.linspace(0, 1, 4, dtype=F64),
+        rtol=1e-10,
+        atol=1e-12,
+        engine="reference",
+    )
     loss = (y[:, :2] * torch.arange(8.0, dtype=F64).reshape(4, 2)).sum() + (y[:, 2] ** 2).sum()
     for x, z in zip(grads, torch.autograd.grad(loss, [a, b, *flat.parameters()])):
         torch.testing.assert_close(x, z, rtol=1e-6, atol=1e-8)
@@ -177,7 +191,9 @@ def test_closures_get_gradients_in_direct_mode(engine):
     """The state need not require any for what the field reaches to have one."""
     a = torch.tensor(0.5, dtype=F64, requires_grad=True)
     t = torch.tensor([0.0, 2.0], dtype=F64)
-    ys = flashode.odeint(lambda t, y: a * y, torch.ones(1, dtype=F64), t, rtol=1e-10, atol=1e-12, engine=engine)
+    ys = flashode.odeint(
+        lambda t, y: a * y, torch.ones(1, dtype=F64), t, rtol=1e-10, atol=1e-12, engine=engine
+    )
     (g,) = torch.autograd.grad(ys[-1].sum(), a)
     torch.testing.assert_close(g, 2 * torch.exp(2 * a.detach()), rtol=1e-8, atol=1e-8)
 
@@ -186,20 +202,28 @@ def test_nothing_is_recorded_where_nothing_requires_grad(engine):
     t = torch.linspace(0, 1, 5)
     assert not flashode.odeint(growth, torch.ones(2), t, engine=engine).requires_grad
     with torch.no_grad():
-        assert not flashode.odeint(Net(), torch.ones(3, 2, requires_grad=True), t, engine=engine).requires_grad
+        assert not flashode.odeint(
+            Net(), torch.ones(3, 2, requires_grad=True), t, engine=engine
+        ).requires_grad
 
 
 def test_a_field_without_graph_leaves_the_state_its_own_gradient(engine):
     """torchdiffeq answers 0.994 here: it differentiates the choice of the first step."""
     y0 = torch.ones(2, dtype=F64, requires_grad=True)
-    ys = flashode.odeint(lambda t, y: -y.detach(), y0, torch.tensor([0.0, 0.6, 1.0], dtype=F64), engine=engine)
+    ys = flashode.odeint(
+        lambda t, y: -y.detach(), y0, torch.tensor([0.0, 0.6, 1.0], dtype=F64), engine=engine
+    )
     assert torch.equal(torch.autograd.grad(ys[-1].sum(), y0)[0], torch.ones(2, dtype=F64))
 
 
 def test_a_field_constant_in_the_state_through_the_adjoint(engine):
     y0 = torch.ones(2, dtype=F64, requires_grad=True)
     ys = flashode.odeint_adjoint(
-        lambda t, y: torch.ones_like(y), y0, torch.tensor([0.0, 1.0], dtype=F64), adjoint_params=(), engine=engine
+        lambda t, y: torch.ones_like(y),
+        y0,
+        torch.tensor([0.0, 1.0], dtype=F64),
+        adjoint_params=(),
+        engine=engine,
     )
     assert torch.equal(torch.autograd.grad(ys[-1].sum(), y0)[0], torch.ones(2, dtype=F64))
 
@@ -247,8 +271,34 @@ def test_adjoint_needs_parameters_or_a_module():
 def test_adjoint_with_another_method_needs_its_own_options():
     with pytest.raises(ValueError, match="adjoint_options"):
         flashode.odeint_adjoint(
-            Net(), torch.ones(1, 2), torch.tensor([0.0, 1.0]), method="dopri5", options={"safety": 0.8}, adjoint_method="rk4"
+            Net(),
+            torch.ones(1, 2),
+            torch.tensor([0.0, 1.0]),
+            method="dopri5",
+            options={"safety": 0.8},
+            adjoint_method="rk4",
         )
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"adjoint_rtol": -1e-3}, "adjoint_rtol must be finite and not negative, got -0.001"),
+        ({"adjoint_atol": float("nan")}, "adjoint_atol must be finite"),
+        ({"adjoint_rtol": "small"}, "adjoint_rtol must be a number"),
+        ({"adjoint_method": "dopri6"}, 'Invalid adjoint_method "dopri6"'),
+        ({"adjoint_options": {"norm": "seminrom"}}, "seminrom"),
+        ({"adjoint_options": {"safety": 7}}, "safety"),
+    ],
+    ids=lambda a: next(iter(a)) if isinstance(a, dict) else "",
+)
+def test_bad_arguments_of_the_backward_solve_are_refused_at_the_call(arguments, text):
+    field = Counted(Net())
+    with pytest.raises((ValueError, TypeError), match=text):
+        flashode.odeint_adjoint(
+            field, torch.ones(1, 2), torch.tensor([0.0, 1.0]), adjoint_params=(), **arguments
+        )
+    assert field.nfe == 0
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside a loss"])
@@ -339,7 +389,11 @@ def test_training_reduces_a_loss(engine):
     losses = []
     for _ in range(25):
         optimizer.zero_grad()
-        loss = (flashode.odeint_adjoint(net, y0, t, rtol=1e-4, atol=1e-5, engine=engine) - target).square().mean()
+        loss = (
+            (flashode.odeint_adjoint(net, y0, t, rtol=1e-4, atol=1e-5, engine=engine) - target)
+            .square()
+            .mean()
+        )
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

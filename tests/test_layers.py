@@ -14,6 +14,7 @@ LAYERS = [
     ["errors", "tableau", "control", "events", "extension"],
     ["interp"],
     ["methods"],
+    ["arguments"],
     ["problem"],
     ["solution"],
     ["engines/reference", "engines/native"],
@@ -52,7 +53,9 @@ def imports(path):
                 yield from ("/".join([*base, alias.name]) for alias in node.names)
 
 
-@pytest.mark.parametrize("path", sources("python/flashode/**/*.py"), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", sources("python/flashode/**/*.py"), ids=lambda p: p.relative_to(PACKAGE).as_posix()
+)
 def test_modules_import_from_above_only(path):
     name = path.relative_to(PACKAGE).with_suffix("").as_posix()
     assert name in LEVEL, f"{name} has no place in the layers"
@@ -120,7 +123,9 @@ def test_twins_have_the_same_functions_in_the_same_order(python, cpp):
 
 
 @pytest.mark.parametrize(
-    "path", sources("python/flashode/**/*.py", "csrc/**/*.*", "tests/*.py", "bench/*.py", "examples/*.py"), ids=lambda p: p.name
+    "path",
+    sources("python/flashode/**/*.py", "csrc/**/*.*", "tests/*.py", "bench/*.py", "examples/*.py"),
+    ids=lambda p: p.name,
 )
 def test_a_source_file_opens_with_a_sentence(path):
     first = path.read_text().lstrip()

@@ -61,7 +61,9 @@ def residuals(weights, a, order, x=1):
     for p in range(1, order + 1):
         for tree in trees(p):
             phi = stage_weights(tree, a)
-            yield float(sum(w * f for w, f in zip(weights, phi)) - type(weights[0])(Fraction(x) ** p / density(tree)))
+            yield float(
+                sum(w * f for w, f in zip(weights, phi)) - type(weights[0])(Fraction(x) ** p / density(tree))
+            )
 
 
 def numbers(rows, order):
@@ -163,7 +165,14 @@ def errors(method, engine, between):
         t = ((steps[:, None] + inner) * h).reshape(-1) if between else steps[1:] * h
         t = torch.cat([torch.zeros(1, dtype=torch.float64), t, torch.tensor([end], dtype=torch.float64)])
         ys = flashode.odeint(
-            field, y0, t, rtol=1e3, atol=1e3, method=method.name, options=fixed_steps(method, h), engine=engine
+            field,
+            y0,
+            t,
+            rtol=1e3,
+            atol=1e3,
+            method=method.name,
+            options=fixed_steps(method, h),
+            engine=engine,
         )
         rows = slice(1, -1) if between else slice(-1, None)
         result.append((ys - solution(t))[rows].abs().max().item())

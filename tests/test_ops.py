@@ -91,8 +91,16 @@ def test_scaled_error_and_its_norm(dtype, n, device):
 
 def test_tolerances_may_differ_between_elements(device):
     n = 2049
-    y0, y1, k = state(n, torch.float32, device), state(n, torch.float32, device, 9), slopes(3, n, torch.float32, device)
-    coef, rtol, atol = coefficients(3), torch.rand(n, device=device) + 0.1, torch.tensor(0.5, dtype=torch.float64)
+    y0, y1, k = (
+        state(n, torch.float32, device),
+        state(n, torch.float32, device, 9),
+        slopes(3, n, torch.float32, device),
+    )
+    coef, rtol, atol = (
+        coefficients(3),
+        torch.rand(n, device=device) + 0.1,
+        torch.tensor(0.5, dtype=torch.float64),
+    )
     assert torch.equal(ops.scaled_error(y0, y1, k, coef, rtol, atol), scaled(y0, y1, k, coef, rtol, 0.5))
     assert torch.equal(ops.scaled_error(y0, y1, k, coef, atol, rtol), scaled(y0, y1, k, coef, 0.5, rtol))
 
@@ -100,7 +108,11 @@ def test_tolerances_may_differ_between_elements(device):
 def test_the_norm_is_the_largest_of_the_members(device):
     offsets = [0, 0, 5, 2000, 2001, 9000, 9000]
     n = offsets[-1]
-    y0, y1, k = state(n, torch.float64, device), state(n, torch.float64, device, 3), slopes(4, n, torch.float64, device)
+    y0, y1, k = (
+        state(n, torch.float64, device),
+        state(n, torch.float64, device, 3),
+        slopes(4, n, torch.float64, device),
+    )
     coef, tol = coefficients(4), torch.tensor(0.1, dtype=torch.float64)
     errors = scaled(y0, y1, k, coef, 0.1, 0.1)
     parts = [errors[a:b].square().mean().sqrt() for a, b in zip(offsets, offsets[1:]) if b > a]
@@ -114,7 +126,11 @@ def test_the_norm_is_the_largest_of_the_members(device):
 def test_no_non_finite_value_passes_as_a_small_error(where, value, which, device):
     """An infinite y1 makes the tolerance infinite, and the quotient zero, if nothing is done."""
     n = 5000
-    y0, y1, k = state(n, torch.float32, device), state(n, torch.float32, device, 3), slopes(2, n, torch.float32, device)
+    y0, y1, k = (
+        state(n, torch.float32, device),
+        state(n, torch.float32, device, 3),
+        slopes(2, n, torch.float32, device),
+    )
     (y1 if which == "y1" else k[1])[where] = value
     tol = torch.tensor(1e-3, dtype=torch.float64)
     for offsets in ([0, n], [0, 1000, n]):
@@ -124,7 +140,11 @@ def test_no_non_finite_value_passes_as_a_small_error(where, value, which, device
 
 def test_norms_do_not_depend_on_the_number_of_threads():
     n = 1_000_003
-    y0, y1, k = state(n, torch.float32, "cpu"), state(n, torch.float32, "cpu", 3), slopes(4, n, torch.float32, "cpu")
+    y0, y1, k = (
+        state(n, torch.float32, "cpu"),
+        state(n, torch.float32, "cpu", 3),
+        slopes(4, n, torch.float32, "cpu"),
+    )
     coef, tol = coefficients(4), torch.tensor(1e-3, dtype=torch.float64)
     threads, norms = torch.get_num_threads(), []
     try:
@@ -144,7 +164,9 @@ def test_opcheck_combine(dtype, rows, grad, device):
         y0 = state(n, dtype, device).requires_grad_(grad)
         k = [x.requires_grad_(grad) for x in slopes(3, n, dtype, device)]
         coef = coefficients(3) if rows is None else coefficients(rows, 3)
-        torch.library.opcheck(ops.combine.default, (y0, k, coef.requires_grad_(grad and dtype == torch.float64)))
+        torch.library.opcheck(
+            ops.combine.default, (y0, k, coef.requires_grad_(grad and dtype == torch.float64))
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,5 +237,7 @@ def test_bad_offsets_and_tolerances_are_refused():
 
 def test_a_compiled_function_may_contain_them(device):
     y0, k, coef = state(8, torch.float32, device), slopes(2, 8, torch.float32, device), coefficients(2)
-    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda y, *k: ops.combine(y, list(k), coef) * 2)(y0, *k)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda y, *k: ops.combine(y, list(k), coef) * 2)(
+        y0, *k
+    )
     assert torch.equal(traced(y0, *k), ops.combine(y0, k, coef) * 2)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import arguments
+from .arguments import CALLBACKS
 from .engines import ENGINES, choose
 from .errors import ArgumentError, ArgumentTypeError
-from .problem import CALLBACKS, Problem
+from .problem import Problem
 from .solution import Solution, finish
 
 
@@ -31,7 +33,9 @@ class AdjointSpec:
     engine: str
 
 
-def solve_with_adjoint(problem: Problem, spec: AdjointSpec, params: tuple, engine: str) -> tuple[Solution, torch.Tensor | None]:
+def solve_with_adjoint(
+    problem: Problem, spec: AdjointSpec, params: tuple, engine: str
+) -> tuple[Solution, torch.Tensor | None]:
     """Solves ``problem`` with gradients to its state, its times and ``params`` by `spec`."""
     # The engine works on values alone; autograd sees one node with these inputs.
     values = replace(problem, y0=problem.y0.detach(), t=problem.t.detach())
@@ -170,17 +174,37 @@ def _spread(tol, field: _AugmentedField, params: int):
     if not per_member:
         return tol
     if isinstance(tol, torch.Tensor):
-        tol = field.split(tol.expand(field.p.y0.shape)) if field.p.shapes is None or tol.numel() == field.p.y0.numel() else tuple(tol)
+        tol = (
+            field.split(tol.expand(field.p.y0.shape))
+            if field.p.shapes is None or tol.numel() == field.p.y0.numel()
+            else tuple(tol)
+        )
     if len(tol) != field.members:
         return tol  # given for the augmented state itself
     least = min(torch.as_tensor(part).min().item() for part in tol)
     return (least, *tol, *tol, *([least] * params))
 
 
-def make_spec(problem: Problem, func_options, rtol, atol, method, adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, engine) -> AdjointSpec:
+def make_spec(
+    problem: Problem,
+    func_options,
+    rtol,
+    atol,
+    method,
+    adjoint_rtol,
+    adjoint_atol,
+    adjoint_method,
+    adjoint_options,
+    engine,
+) -> AdjointSpec:
     """Defaults of the backward solve, as torchdiffeq has them: those of the forward solve, but for
     the norm, which covers all parts of the augmented state."""
-    if adjoint_method is not None and adjoint_method != method and func_options is not None and adjoint_options is None:
+    if (
+        adjoint_method is not None
+        and adjoint_method != method
+        and func_options is not None
+        and adjoint_options is None
+    ):
         raise ArgumentError(
             "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`. So as "
             "`options` has been passed then `adjoint_options` must be passed as well."
@@ -192,6 +216,7 @@ def make_spec(problem: Problem, func_options, rtol, atol, method, adjoint_rtol, 
     if isinstance(norm, str) and norm != "seminorm":
         raise ArgumentError(f"adjoint_options['norm'] must be callable or 'seminorm', got {norm!r}")
     seminorm = norm == "seminorm"
+    check_backward(adjoint_rtol, adjoint_atol, method if adjoint_method is None else adjoint_method, options)
     if problem.norm is not None and (norm is None or seminorm):
         norm = _norm_around(problem, counts_params=not seminorm)
         seminorm = False
@@ -205,6 +230,18 @@ def make_spec(problem: Problem, func_options, rtol, atol, method, adjoint_rtol, 
         seminorm=seminorm,
         engine=engine,
     )
+
+
+def check_backward(rtol, atol, method, options):
+    """Refuses now what would otherwise fail in the backward pass, far from the call at fault."""
+    chosen = arguments.method_named(method, "adjoint_method")
+    for name, value in (("adjoint_rtol", rtol), ("adjoint_atol", atol)):
+        for part in value if isinstance(value, (tuple, list)) else [value]:
+            if part is not None:
+                arguments.check_tolerance(name, part)
+    if chosen.adaptive:
+        known = {k: v for k, v in options.items() if k in arguments.ADAPTIVE_OPTIONS}
+        arguments.adaptive_fields(known, chosen, 0.0, 1.0)
 
 
 def _norm_around(problem: Problem, counts_params: bool):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from .adjoint import collect_params, make_spec, solve_with_adjoint
 from .engines import ENGINES, choose
 from .problem import Problem
@@ -49,7 +47,9 @@ def odeint(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, even
     return solution.ys if event_fn is None else (event_t, solution.ys)
 
 
-def solve(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, engine="auto", throw=True) -> Solution:
+def solve(
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, engine="auto", throw=True
+) -> Solution:
     """`odeint` with the full result: times, values, status and statistics.
 
     ``throw=False`` returns a failed solve in place of raising its `SolveError`: ``status`` names

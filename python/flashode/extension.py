@@ -18,14 +18,19 @@ def _load():
         return None, f"the compiled extension is not available ({error})"
     built, running = (".".join(v.split(".")[:2]) for v in (module.torch_version, torch.__version__))
     if built != running:
-        return None, f"the extension was compiled for torch {built}, this is torch {running}; rebuild with `{_REBUILD}`"
+        return (
+            None,
+            f"the extension was compiled for torch {built}, this is torch {running}; rebuild with `{_REBUILD}`",
+        )
     return module, None
 
 
 C, missing = _load()
 
 if C is None:
-    logging.getLogger("flashode").warning("flashode: %s; using the reference engine, which is slower.", missing)
+    logging.getLogger("flashode").warning(
+        "flashode: %s; using the reference engine, which is slower.", missing
+    )
 
 
 def build_config() -> dict:
@@ -46,13 +51,20 @@ def build_config() -> dict:
     if C is None:
         return config
     compiled = C.build_config()
-    config |= {key: compiled[key] for key in ("compiler", "cuda", "cuda_architectures", "cuda_runtime", "cuda_driver")}
+    config |= {
+        key: compiled[key]
+        for key in ("compiler", "cuda", "cuda_architectures", "cuda_runtime", "cuda_driver")
+    }
     if not compiled["cuda"]:
         config["why_not"] = "compiled without CUDA: no nvcc was found, or FLASHODE_CUDA=OFF"
     elif compiled["cuda_devices"] == 0:
-        config["why_not"] = f"CUDA kernels were compiled, but there is no usable GPU ({compiled['cuda_error']})"
+        config["why_not"] = (
+            f"CUDA kernels were compiled, but there is no usable GPU ({compiled['cuda_error']})"
+        )
     elif not torch.cuda.is_available():
         config["why_not"] = "CUDA kernels were compiled and a GPU is there, but this torch is a CPU build"
     else:
-        config["devices"] += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+        config["devices"] += [
+            f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+        ]
     return config

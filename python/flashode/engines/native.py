@@ -10,10 +10,10 @@ import functools
 import torch
 
 from .. import extension
+from ..errors import Status
 from ..interp import Dense
 from ..problem import Problem
 from ..solution import Outcome
-from ..errors import Status
 from ..tableau import Tableau
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import MAX_NUM_STEPS, require_dense
 from ..control import accept, clamp_step, first_guess, initial_step, next_step
 from ..errors import ArgumentError, ArgumentTypeError, Status
 from ..events import bisect_event, combine_events
 from ..interp import weights_at
-from ..problem import MAX_NUM_STEPS, Problem, require_dense
+from ..problem import Problem
 from ..solution import Outcome
 
 
@@ -134,6 +135,8 @@ class Run:
         clock = problem.direction * problem.t.to("cpu", torch.float64)
         self.shifts = clock - clock.detach() if problem.differentiates_time else None
         self.shift0 = None if self.shifts is None else self.shifts[0]
+        self.grid = None if problem.adaptive else problem.grid.tolist()
+        self.grid_shifts: torch.Tensor | None = None
 
     def outcome(self, status: Status) -> Outcome:
         rows = torch.stack(self.rows)
@@ -327,30 +330,32 @@ class Run:
         if at_end:
             self.rows.append(step.y1)
 
-    def steps(self):
-        """Accepted steps, one after another, for as long as they are asked for."""
+    def start(self):
+        """What a solve needs before its first step."""
         p = self.p
         if p.adaptive:
             self.f0 = self.call(self.t0, self.y0.clone(), self.shift0)
             self.dt = self.first_step(self.f0)
-            while True:
-                yield self.adaptive_step()
-        elif p.event_fn is not None:
-            while self.accepted < MAX_NUM_STEPS:
-                yield self.fixed_step(self.t0 + p.control.max_step, self.shift0)
+        elif p.differentiates_time:
+            self.grid_shifts = p.grid - p.grid.detach()
+            self.shift0 = self.grid_shifts[0]
+
+    def advance(self) -> Step:
+        """The next accepted step."""
+        p, i = self.p, self.accepted + 1
+        if p.adaptive:
+            return self.adaptive_step()
+        if p.event_fn is None:
+            return self.fixed_step(self.grid[i], None if self.grid_shifts is None else self.grid_shifts[i])
+        if i > MAX_NUM_STEPS:
             raise StepFailure(Status.MAX_STEPS)
-        else:
-            shifts = p.grid - p.grid.detach() if p.differentiates_time else [None] * len(p.grid)
-            self.shift0 = shifts[0]
-            for t1, shift1 in zip(p.grid.tolist()[1:], shifts[1:]):
-                yield self.fixed_step(t1, shift1)
+        return self.fixed_step(self.t0 + p.control.max_step, self.shift0)
 
     def solve(self) -> Outcome:
         if len(self.p.times) > 1:
-            for step in self.steps():
-                self.emit(step)
-                if len(self.rows) == len(self.p.times):
-                    break
+            self.start()
+        while len(self.rows) < len(self.p.times):
+            self.emit(self.advance())
         return self.outcome(Status.SUCCESS)
 
     def solve_until_event(self) -> Outcome:
@@ -374,7 +379,9 @@ class Run:
             self.rows.append(self.y0)
             return self.outcome(Status.EVENT)
         tol = p.atol if isinstance(p.atol, float) else p.atol.min().item()
-        for step in self.steps():
+        self.start()
+        while True:
+            step = self.advance()
             with torch.no_grad():
                 if event(step.t1, step.y1) > 0:
                     continue
@@ -394,7 +401,9 @@ class Run:
             raise ArgumentTypeError(f"event_fn must return a Tensor, got {type(values).__name__}")
         require_dense("what event_fn returned", values)
         if values.numel() == 0 or values.is_complex():
-            raise ArgumentError(f"event_fn must return a sign or several, got {values.dtype} of shape {tuple(values.shape)}")
+            raise ArgumentError(
+                f"event_fn must return a sign or several, got {values.dtype} of shape {tuple(values.shape)}"
+            )
         if values.dtype == torch.bool:
             values = 2.0 * values - 1  # a switch: False lies below zero
         return values.to(torch.float64)

@@ -1,0 +1,437 @@
+"""The checks of what a caller gives, one argument each.
+
+Every error names the argument, what was given, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import warnings
+
+import torch
+
+from .control import Controller
+from .errors import ArgumentError, ArgumentTypeError
+from .methods import METHODS, Method
+
+ADAPTIVE_OPTIONS = (
+    "first_step safety ifactor dfactor min_step max_step max_num_steps dtype step_t jump_t norm overshoot"
+).split()
+FIXED_OPTIONS = "step_size grid_constructor interp perturb norm".split()
+
+# torchdiffeq's default of 2**31 - 1 lets a stiff problem run for days; this is an order of
+# magnitude beyond what any DETEST problem takes at tolerance 1e-12.
+MAX_NUM_STEPS = 100_000
+
+# Grids are held in memory; this one takes 800 MB.
+MAX_GRID = 100_000_000
+
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)  # fmt: skip
+
+
+def kind_of(value) -> str:
+    """A value for an error message: short ones as they are, others by type and shape."""
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return f"{type(value).__name__} {value!r}" if value is not None else "None"
+    if isinstance(value, torch.Tensor) and not value.is_nested:
+        return f"a Tensor of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def require_dense(name, x: torch.Tensor):
+    """Refuses Tensors that are not arrays of numbers in memory."""
+    odd = "nested" if x.is_nested else "quantized" if x.is_quantized else x.layout
+    if odd != torch.strided:
+        raise ArgumentTypeError(f"{name} is a {odd} Tensor; give a dense one, see .to_dense()")
+    if x.device.type == "meta":
+        raise ArgumentTypeError(f"{name} is on the meta device; a solve needs real data")
+
+
+def to_dtype(dtype, y: torch.Tensor) -> torch.Tensor:
+    """``y`` in another dtype; the imaginary part of a real member is zero."""
+    return (y if dtype.is_complex or not y.is_complex() else y.real).to(dtype)
+
+
+def flat_state(y0):
+    """The state as one tensor, with the members' shapes and dtypes if it is a tuple."""
+    if isinstance(y0, torch.Tensor):
+        _state_member(y0, "y0")
+        return y0, None, None
+    if not isinstance(y0, tuple):
+        raise ArgumentTypeError(f"y0 must be either a torch.Tensor or a tuple of Tensors, got {kind_of(y0)}")
+    if not y0:
+        raise ArgumentError("y0 is an empty tuple; give at least one Tensor")
+    for i, member in enumerate(y0):
+        if not isinstance(member, torch.Tensor):
+            raise ArgumentTypeError(
+                f"y0 must be either a torch.Tensor or a tuple of Tensors; member {i} is {kind_of(member)}"
+            )
+        _state_member(member, f"y0: member {i}")
+        if member.device != y0[0].device:
+            raise ArgumentError(f"y0: member {i} is on {member.device}, member 0 on {y0[0].device}")
+    flat = torch.cat([member.reshape(-1) for member in y0])
+    return flat, tuple(m.shape for m in y0), tuple(m.dtype for m in y0)
+
+
+def _state_member(y, name):
+    if y.device.type == "meta":
+        raise NotImplementedError(f"{name} is on the meta device; a solve needs real data")
+    require_dense(name, y)
+    if y.dtype not in DTYPES:
+        raise ArgumentTypeError(
+            f"{name} must be a floating point or complex Tensor, got {y.dtype}; call .float() or .double() first"
+        )
+
+
+def require_finite(y0, shapes, method):
+    # A fixed-step solve on a GPU never waits for the device, not even for this check.
+    if y0.device.type != "cpu" and not method.adaptive:
+        return
+    finite = torch.isfinite(y0.detach())
+    if finite.all():
+        return
+    bad = (~finite).reshape(-1).nonzero().reshape(-1)
+    place, member, shape = bad[0], "", y0.shape
+    value = y0.detach().reshape(-1)[place].item()
+    if shapes is not None:
+        number = 0
+        while place >= shapes[number].numel():
+            place = place - shapes[number].numel()
+            number += 1
+        member, shape = f" of member {number}", shapes[number]
+    index = [int(i) for i in torch.unravel_index(place, shape)]
+    raise ArgumentError(
+        f"y0 must be finite; it has {len(bad)} non-finite element{'s' * (len(bad) > 1)}, "
+        f"the first is {value} at index {index}{member}"
+    )
+
+
+def method_named(method, argument="method") -> Method:
+    name = "dopri5" if method is None else method
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"{argument} must be a string, got {kind_of(method)}")
+    if name not in METHODS:
+        raise ArgumentError(
+            f'Invalid {argument} "{name}".{_nearest(name, METHODS)} Must be one of '
+            + '{"' + '", "'.join(METHODS) + '"}'
+        )  # fmt: skip
+    return METHODS[name]
+
+
+def _nearest(name, names) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def known_options(options, method: Method) -> dict:
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ArgumentTypeError(f"options must be a dict, got {kind_of(options)}")
+    allowed = ADAPTIVE_OPTIONS if method.adaptive else FIXED_OPTIONS
+    unknown = {k: v for k, v in options.items() if k not in allowed}
+    if unknown:
+        # parity: a warning, because programs share one options dict between methods.
+        hints = "".join(_nearest(name, allowed) for name in unknown)
+        warnings.warn(
+            f"{method.name}: Unexpected arguments {unknown}, ignored.{hints} Allowed options: {allowed}"
+        )
+    return {k: v for k, v in options.items() if k in allowed}
+
+
+def forward_times(t, name) -> tuple[list[float], float]:
+    """The times on the forward clock, and the direction of the caller's clock."""
+    if not isinstance(t, torch.Tensor):
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {kind_of(t)}")
+    require_dense(name, t)
+    if not t.is_floating_point():
+        raise ArgumentTypeError(f"`{name}` must be a floating point Tensor but is a {t.dtype}")
+    if t.ndim != 1:
+        raise ArgumentError(f"{name} must be one dimensional, got shape {tuple(t.shape)}")
+    if t.numel() == 0:
+        raise ArgumentError(f"{name} is empty; it must hold at least the initial time")
+    values = t.tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ArgumentError(
+                f"{name} must be finite and strictly increasing or decreasing, got {name}[{i}] = {value}"
+            )
+    direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
+    forward = [direction * value for value in values]
+    for i in range(1, len(forward)):
+        if forward[i] <= forward[i - 1]:
+            raise ArgumentError(
+                f"{name} must be strictly increasing or decreasing, got {name}[{i - 1}] = "
+                f"{values[i - 1]!r} and {name}[{i}] = {values[i]!r}"
+            )
+    return forward, direction
+
+
+def tolerance(name, value, y0, sizes):
+    """A float, or a flat tensor with one entry per element of the state."""
+    if sizes is None:
+        return _one_tolerance(name, value, y0, y0.shape)
+    per_member = isinstance(value, torch.Tensor) and value.ndim == 1 and len(value) == len(sizes)
+    if not per_member and not isinstance(value, (tuple, list)):
+        return _one_tolerance(name, value, y0, y0.shape)
+    if len(value) != len(sizes):
+        raise ArgumentError(
+            f"If using tupled {name} it must have the same length as the tuple y0, got {len(value)} for {len(sizes)}"
+        )
+    parts = [_one_tolerance(f"{name}[{i}]", v, y0, (n,)) for i, (v, n) in enumerate(zip(value, sizes))]
+    return torch.cat(
+        [torch.as_tensor(p, dtype=_wide(y0), device=y0.device).expand(n) for p, n in zip(parts, sizes)]
+    )
+
+
+def _one_tolerance(name, value, y0, shape):
+    """A float, or a tensor spread over ``shape`` and flat."""
+    value = check_tolerance(name, value)
+    if isinstance(value, float):
+        return value
+    value = value.to(y0.device, _wide(y0))
+    if value.numel() == math.prod(shape):
+        return value.reshape(-1)
+    try:
+        return value.expand(shape).reshape(-1)
+    except RuntimeError:
+        raise ArgumentError(
+            f"{name} has shape {tuple(value.shape)}, which does not broadcast to the state's {tuple(shape)}"
+        ) from None
+
+
+def check_tolerance(name, value) -> float | torch.Tensor:
+    """One tolerance: a float, or a Tensor of several."""
+    if not isinstance(value, torch.Tensor):
+        number = real_number(value)
+        if number is None:
+            raise ArgumentTypeError(f"{name} must be a number or a Tensor, got {kind_of(value)}")
+        if not math.isfinite(number) or number < 0:
+            raise ArgumentError(f"{name} must be finite and not negative, got {number}")
+        return number
+    require_dense(name, value)
+    if value.requires_grad:
+        raise ArgumentError(f"{name} cannot require gradient")
+    if value.is_complex():
+        raise ArgumentTypeError(f"{name} must be real, got {value.dtype}")
+    low, high = (value.min().item(), value.max().item()) if value.numel() else (0.0, 0.0)
+    if math.isnan(low) or low < 0 or math.isinf(high):
+        raise ArgumentError(f"{name} must be finite and not negative, got values from {low} to {high}")
+    return float(value) if value.numel() == 1 else value
+
+
+def real_number(value) -> float | None:
+    """A real number of any library as a float; None for everything else."""
+    if isinstance(value, torch.Tensor):
+        scalar = (
+            not value.is_nested
+            and value.numel() == 1
+            and not value.is_complex()
+            and value.device.type != "meta"
+        )
+        return float(value.detach()) if scalar else None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond the floats
+        return math.inf if value > 0 else -math.inf
+
+
+def require_plausible(rtol, atol):
+    """Two tolerances that error control can work with."""
+    if isinstance(rtol, torch.Tensor) or isinstance(atol, torch.Tensor):
+        return
+    if rtol == atol == 0:
+        raise ArgumentError("rtol and atol are both 0; an adaptive method needs one of them positive")
+    if rtol > 0.1:
+        warnings.warn(f"rtol is {rtol}: errors as large as the solution would pass", stacklevel=2)
+
+
+def _wide(y0) -> torch.dtype:
+    """The dtype of arithmetic on the state: at least float32."""
+    return torch.promote_types(y0.dtype.to_real(), torch.float32)
+
+
+def floored(rtol, atol, y0):
+    """Tolerances that a 16-bit state can meet; below its rounding, error control sees noise."""
+    dtype = y0.dtype.to_real()
+    if dtype not in (torch.float16, torch.bfloat16) or y0.numel() == 0:
+        return rtol, atol
+    eps = torch.finfo(dtype).eps
+    least_rtol, least_atol = 4 * eps, eps * (y0.detach().abs().max().item() or 1.0)
+    floored = []
+    for value, least in ((rtol, least_rtol), (atol, least_atol)):
+        floored.append(value.clamp(min=least) if isinstance(value, torch.Tensor) else max(value, least))
+    if any(
+        bool((torch.as_tensor(new) != torch.as_tensor(old)).any()) for new, old in zip(floored, (rtol, atol))
+    ):
+        warnings.warn(
+            f"{dtype} cannot meet these tolerances: rtol raised to at least {least_rtol:.3g}, atol to at "
+            f"least {least_atol:.3g}. Use a float32 state for more accuracy.",
+            stacklevel=2,
+        )
+    return tuple(floored)
+
+
+def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, finite=True):
+    value = options.get(name, default)
+    if value is default:
+        return default
+    number = real_number(value)
+    if number is None:
+        raise ArgumentTypeError(f"options[{name!r}] must be a number, got {kind_of(value)}")
+    if math.isnan(number) or number < low or number > high or (strict and number == low):
+        bound = f"greater than {low:g}" if strict else f"at least {low:g}"
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ArgumentError(f"options[{name!r}] must be {bound}{upper}, got {number}")
+    if finite and math.isinf(number):
+        raise ArgumentError(f"options[{name!r}] must be finite, got {number}")
+    return number
+
+
+def _flag(options, name) -> bool:
+    value = options.get(name, False)
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ArgumentTypeError(f"options[{name!r}] must be True or False, got {kind_of(value)}")
+    return bool(value)
+
+
+def adaptive_fields(options, method: Method, begin: float, direction: float) -> dict:
+    control = Controller(
+        order=method.order,
+        safety=_number(options, "safety", 0.9, high=1, strict=True),
+        ifactor=_number(options, "ifactor", 10.0, low=1),
+        dfactor=_number(options, "dfactor", 0.2, high=1, strict=True),
+        min_step=_number(options, "min_step", 0.0),
+        max_step=_number(options, "max_step", math.inf, strict=True, finite=False),
+    )
+    if control.min_step > control.max_step:
+        raise ArgumentError(
+            f"options['min_step'] is {control.min_step}, above options['max_step'], {control.max_step}"
+        )
+    limit = min(_number(options, "max_num_steps", MAX_NUM_STEPS, low=1, finite=False), 2**31 - 1)
+    if limit != int(limit):
+        raise ArgumentError(f"options['max_num_steps'] must be a whole number, got {limit}")
+    dtype = options.get("dtype", torch.float64)
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
+        # Time is kept in float64 whichever of the two is asked for.
+        raise ArgumentError(f"options['dtype'] must be torch.float32 or torch.float64, got {dtype}")
+    norm = options.get("norm")
+    if norm is not None and not callable(norm):
+        raise ArgumentTypeError(f"options['norm'] must be callable, got {kind_of(norm)}")
+    first_step = _number(options, "first_step", None, strict=True)
+    overshoot = _flag(options, "overshoot")
+    return {
+        "control": control,
+        "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
+        "first_step": first_step,
+        "max_num_steps": int(limit),
+        "overshoot": overshoot,
+        "norm": norm,
+        "stops": _stops(options, begin, direction),
+    }
+
+
+def _stops(options, begin, direction):
+    """Times that steps must end on, ascending on the forward clock."""
+    stops = []
+    for name, is_jump in (("step_t", False), ("jump_t", True)):
+        values = options.get(name)
+        if values is None:
+            continue
+        try:
+            if isinstance(values, torch.Tensor) and values.is_complex():
+                raise TypeError("complex times")
+            values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
+        if any(math.isnan(v) for v in values):
+            raise ArgumentError(f"options[{name!r}] holds NaN")
+        # parity: times before the start are dropped in silence.
+        stops += [(direction * v, is_jump) for v in values if direction * v > begin]
+    stops.sort()
+    if any(a[0] == b[0] for a, b in zip(stops, stops[1:])):
+        raise ArgumentError("`step_t` and `jump_t` must not have any repeated elements between them.")
+    return tuple(stops)
+
+
+def fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
+    interp = options.get("interp", "linear")
+    if not isinstance(interp, str) or interp not in ("linear", "cubic"):
+        raise ArgumentError(
+            f"Unknown interpolation method {interp!r}; options['interp'] is 'linear' or 'cubic'"
+        )
+    step_size = _number(options, "step_size", None, strict=True)
+    constructor = options.get("grid_constructor")
+    if step_size is not None and constructor is not None:
+        raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
+    if event_fn is not None and step_size is None:
+        raise ArgumentError(
+            "Event handling for fixed step solvers currently requires `step_size` to be provided in options."
+        )
+    clock = direction * t.to("cpu", torch.float64)
+    if event_fn is not None:
+        grid = clock[:1]
+    elif step_size is not None:
+        grid = _even_grid(clock, times, step_size)
+    elif constructor is not None:
+        grid = _constructed_grid(constructor, func, y0, t, times, direction)
+    else:
+        grid = clock
+    return {
+        "control": Controller(order=method.order, max_step=step_size or math.inf),
+        "dense": method.dense if interp == "linear" else method.cubic,
+        "grid": grid,
+        "steps_on_times": grid is clock,
+        "perturb": _flag(options, "perturb"),
+    }
+
+
+def _even_grid(clock, times, step_size):
+    """``t[0] + i * step_size`` while before the end, then the end itself."""
+    steps = (times[-1] - times[0]) / step_size
+    if steps > MAX_GRID:
+        raise ArgumentError(
+            f"options['step_size'] = {step_size} asks for {steps:.3g} steps; at most {MAX_GRID:.0e} are possible"
+        )
+    if step_size < math.ulp(max(-times[0], times[-1])):
+        raise ArgumentError(
+            f"options['step_size'] = {step_size} is below the resolution of t at {times[-1]!r}"
+        )
+    # A quotient that is whole up to rounding must not add a step of no length.
+    whole = max(1, math.ceil(steps * (1 - 4 * torch.finfo(torch.float64).eps))) if len(times) > 1 else 0
+    inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64)
+    return torch.cat([inner, clock[-1:]])
+
+
+def _constructed_grid(constructor, func, y0, t, times, direction):
+    if not callable(constructor):
+        raise ArgumentTypeError(f"options['grid_constructor'] must be callable, got {kind_of(constructor)}")
+    grid = constructor(func, y0, t)
+    if not isinstance(grid, torch.Tensor):
+        raise ArgumentTypeError(f"grid_constructor must return a Tensor, got {kind_of(grid)}")
+    values, grid_direction = forward_times(grid, "grid_constructor's grid")
+    if values[0] != times[0] or values[-1] != times[-1] or (len(values) > 1 and grid_direction != direction):
+        raise ArgumentError(
+            f"grid_constructor's grid must run from t[0] = {direction * times[0]} to t[-1] = {direction * times[-1]}, "
+            f"it runs from {grid[0].item()} to {grid[-1].item()}"
+        )
+    return direction * grid.to("cpu", torch.float64)
+
+
+def callbacks_of(func, method: Method):
+    found = tuple(getattr(func, name, None) for name in CALLBACKS)
+    for name, callback in zip(CALLBACKS, found):
+        if callback is not None and not callable(callback):
+            raise ArgumentTypeError(f"func.{name} must be callable, got {kind_of(callback)}")
+    served = CALLBACKS if method.adaptive else CALLBACKS[:1]
+    refused = {
+        name for name, callback in zip(CALLBACKS, found) if callback is not None and name not in served
+    }
+    if refused:
+        warnings.warn(f"Solver '{method.name}' does not support callbacks {refused}")
+    return tuple(c if name in served else None for name, c in zip(CALLBACKS, found))
