@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from . import arguments
@@ -103,13 +104,8 @@ class Problem:
             begin, end = min(begin, self.grid[0].item()), max(end, self.grid[-1].item())
         if self.time_dtype == torch.float64:
             return begin, end
-        low, high = (torch.tensor(x, dtype=self.time_dtype) for x in (begin, end))
-        up = torch.tensor(math.inf, dtype=self.time_dtype)
-        if low.item() < begin:
-            low = torch.nextafter(low, up)
-        if high.item() > end:
-            high = torch.nextafter(high, -up)
-        return (low.item(), high.item()) if low <= high else (-math.inf, math.inf)
+        low, high = _round_up(begin, self.time_dtype), -_round_up(-end, self.time_dtype)
+        return (low, high) if low <= high else (-math.inf, math.inf)
 
     @property
     def norm_offsets(self) -> list[int]:
@@ -239,3 +235,12 @@ class Problem:
             event_fn=event_fn,
             **particular,
         )
+
+
+def _round_up(x: float, dtype: torch.dtype) -> float:
+    """The least value of a dtype that is not below ``x``."""
+    if dtype == torch.float32:  # NumPy takes a microsecond where tensors take ten, once a solve
+        rounded = np.float32(x)
+        return float(rounded if float(rounded) >= x else np.nextafter(rounded, np.float32(np.inf)))
+    rounded = torch.tensor(x, dtype=dtype)
+    return (rounded if rounded.item() >= x else torch.nextafter(rounded, rounded.new_tensor(math.inf))).item()
