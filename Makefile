@@ -23,7 +23,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: help demo test bench clean FORCE
+.PHONY: help demo test bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -54,8 +54,11 @@ $(VENV)/.created:
 	@touch $@
 
 # Rewritten only when TORCH changes, so that only then torch is installed again.
-$(VENV)/torch.txt: FORCE | $(VENV)/.created
-	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+ifneq ($(shell cat $(VENV)/torch.txt 2>/dev/null),$(TORCH))
+.PHONY: $(VENV)/torch.txt
+endif
+$(VENV)/torch.txt: | $(VENV)/.created
+	@echo '$(TORCH)' > $@
 
 # Torch comes first, and the constraint keeps it: nothing installed later may bring another.
 $(VENV)/constraints.txt: $(VENV)/torch.txt

@@ -8,8 +8,8 @@ with Gaussian noise of standard deviation 0.03. From these rows alone,
   linear  learns the four entries of A, from a random start;
   MLP     learns dy/dt = net(y) with one hidden layer, and is not told that the law is linear.
 
-Right answer. The matrix to within 0.01 in every entry, and for both models no greater rms distance to the
-rows than the true spiral has, 0.033: the noise is all that may remain. (data/make_spiral.py wrote the rows.)
+Right answer. The matrix to within 0.01 in every entry, and for both models about the rms distance to the
+rows that the true spiral has, 0.033: only the noise may remain. (data/make_spiral.py wrote the rows.)
 
 Training. One solve of a batch, gradients by `flashode.odeint_adjoint`, a step of Adam. Most iterations
 use pieces: from a random row, predict a later one. Short pieces first, longer ones as training goes on:
@@ -372,14 +372,8 @@ def draw_losses(axes, fits, noise):
 
 def legend(axes):
     """On the line of the title, where it hides no data."""
-    close = {
-        "fontsize": 9.5,
-        "columnspacing": 1.0,
-        "handlelength": 1.5,
-        "handletextpad": 0.5,
-        "borderaxespad": 0.1,
-    }
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, **close)
+    spacing = {"columnspacing": 1.0, "handlelength": 1.5, "handletextpad": 0.5, "borderaxespad": 0.1}
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=9.5, **spacing)
 
 
 # ---- command line ----------------------------------------------------------------------------

@@ -11,6 +11,11 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the states live on: cpu or cuda")
 
 
+def pytest_configure(config):
+    # Tests of threads ask for them; elsewhere, small tensors on busy cores only wait for each other.
+    torch.set_num_threads(1)
+
+
 def pytest_report_header(config):
     build = flashode.build_config()
     return f"flashode {flashode.__version__}: " + ", ".join(
