@@ -363,6 +363,16 @@ def test_a_failing_backward_solve_says_where(engine):
     assert caught.value.t == 2.0
 
 
+@pytest.mark.parametrize("shape", [(2,), ()], ids=str)
+def test_a_loss_that_is_not_finite_is_named_as_the_cause(shape, engine):
+    y0 = torch.ones(shape, requires_grad=True)
+    ys = flashode.odeint_adjoint(
+        lambda t, y: -y, y0, torch.tensor([0.0, 0.5, 1.0]), adjoint_params=(), engine=engine
+    )
+    with pytest.raises(ValueError, match=r"gradient of the loss .* output 1 \(t=0.5\)"):
+        (ys[1] * float("nan")).sum().backward()
+
+
 def test_events_through_the_adjoint(engine):
     """The state at the event has gradients; the time it found has none, and says so."""
     if engine == "native":

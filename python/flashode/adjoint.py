@@ -71,6 +71,7 @@ class _Adjoint(torch.autograd.Function):
         """To the state, the times and the parameters."""
         problem, spec = ctx.problem, ctx.spec
         t, ys, *params = ctx.saved_tensors
+        _require_finite_gradients(t, grad_ys)
         needs_t = ctx.needs_input_grad[5]
         field = _AugmentedField(problem, params, needs_t)
         grad_t = torch.zeros_like(t)
@@ -91,6 +92,18 @@ class _Adjoint(torch.autograd.Function):
             if problem.event_fn is not None:
                 grad_t[1:] = 0  # the event found its own time
         return adj_y, grad_t if needs_t else None, *adj_params
+
+
+def _require_finite_gradients(t, grad_ys):
+    """The backward solve starts from the gradients of the loss: nothing can be made of NaN."""
+    bad = ~torch.isfinite(grad_ys)
+    if bad.any():
+        output = bad.reshape(len(bad), -1).any(1).nonzero()[-1].item()
+        raise ArgumentError(
+            f"the gradient of the loss with respect to the outputs of odeint_adjoint holds {int(bad.sum())} "
+            f"non-finite values, the last at output {output} "
+            f"(t={t[output].item():g}); look for the cause in the loss"
+        )
 
 
 class _FirstOnly(torch.autograd.Function):
