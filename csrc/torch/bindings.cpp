@@ -43,7 +43,6 @@ py::dict build_config() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of flashode";
   m.attr("torch_version") = FLASHODE_TORCH_VERSION;
-  m.attr("max_terms") = flashode::kMaxTerms;
 #ifdef FLASHODE_WITH_CUDA
   m.attr("with_cuda") = true;
 #else

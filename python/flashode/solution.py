@@ -58,8 +58,8 @@ class Solution:
 class Outcome:
     """What an engine hands back: enough for a `Solution` or for a `SolveError` that names causes.
 
-    Times are on the engine's forward clock. ``f0``, ``k`` and ``y1`` are those of the last trial
-    step; they are read only to find the element at fault.
+    Times are on the engine's forward clock. ``k`` and ``y1`` are those of the last trial step; they
+    are read only to find the element at fault.
     """
 
     status: Status
