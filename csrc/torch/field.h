@@ -22,6 +22,7 @@ class Field {
         direction(problem.attr("direction").cast<double>()),
         problem_(problem),
         func_(problem.attr("func")),
+        args_(problem.attr("args")),
         time_bounds_(problem.attr("time_bounds").cast<std::pair<double, double>>()) {}
 
   // func(t, y) at a forward time; `nudge` -1 and +1 take the last time before and the first after
@@ -39,9 +40,11 @@ class Field {
     if (shift.defined()) {
       shifted = wrap(time_.flat.add(shift.mul(direction).to(time_.flat.options())));
     }
-    PyObject* arguments[] = {nullptr, (shifted ? shifted : time_.argument).ptr(), y.argument.ptr()};
+    arguments_ = {nullptr, (shifted ? shifted : time_.argument).ptr(), y.argument.ptr()};
+    for (const py::handle argument : args_) arguments_.push_back(argument.ptr());
     PyObject* value =
-        PyObject_Vectorcall(func_.ptr(), arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+        PyObject_Vectorcall(func_.ptr(), arguments_.data() + 1,
+                            (arguments_.size() - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
     if (value == nullptr) throw py::error_already_set();
     return slope(py::reinterpret_steal<py::object>(value));
   }
@@ -93,6 +96,8 @@ class Field {
   }
 
   const py::object problem_, func_;
+  const py::tuple args_;     // what func takes after (t, y)
+  std::vector<PyObject*> arguments_;
   const std::pair<double, double> time_bounds_;
   Shown time_;
   std::vector<at::Tensor> copies_;  // our own tensors for slopes that had to be copied

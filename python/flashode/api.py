@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from .adjoint import collect_params, make_spec, solve_with_adjoint
+from .adjoint import solve_with_adjoint
+from .adjoint.spec import collect_params, make_spec
 from .engines import ENGINES, choose
 from .problem import Problem
 from .solution import Solution, finish
 
 
-def odeint(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, engine="auto"):
-    """Integrates ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, and returns ``y`` at every time in ``t``.
+def odeint(
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto"
+):
+    """Integrates ``dy/dt = func(t, y, *args)``, ``y(t[0]) = y0``, and returns ``y`` at every time in ``t``.
 
     Gradients flow through the solver's own operations (to ``y0``, ``t`` and everything that
     ``func`` reaches); `odeint_adjoint` trades them for a backward solve.
 
     Args:
-        func: callable ``func(t, y)``; ``t`` is a 0-d Tensor of y's real dtype on y's device,
+        func: callable ``func(t, y, *args)``; ``t`` is a 0-d Tensor of y's real dtype on y's device,
             ``y`` a Tensor shaped like ``y0`` or a tuple of such. Returns the slope, shaped alike.
         y0: Tensor of any shape, real or complex floating point, or a tuple of Tensors.
         t: 1-d floating point Tensor, strictly increasing or decreasing.
@@ -26,6 +29,7 @@ def odeint(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, even
         event_fn: callable ``event_fn(t, y)`` returning a Tensor; the solve ends where one of its
             elements changes sign. ``t`` then holds the initial time and one later time that only
             gives the direction.
+        args: tuple of further arguments of ``func``: Tensors, or anything else.
         engine: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
@@ -43,13 +47,14 @@ def odeint(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, even
         >>> round(y[-1].item(), 5)
         0.36788
     """
-    solution, event_t = _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, True)
+    solution, event_t = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, True)
     return solution.ys if event_fn is None else (event_t, solution.ys)
 
 
 def solve(
-    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, engine="auto", throw=True
-) -> Solution:
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
+    throw=True,
+) -> Solution:  # fmt: skip
     """`odeint` with the full result: times, values, status and statistics.
 
     ``throw=False`` returns a failed solve in place of raising its `SolveError`: ``status`` names
@@ -59,11 +64,11 @@ def solve(
         >>> solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0])).status.name
         'SUCCESS'
     """
-    return _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, throw)[0]
+    return _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw)[0]
 
 
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, throw):
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn)
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw):
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     outcome = ENGINES[name].solve(problem)
     event_t = None
@@ -75,7 +80,7 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, engine, throw):
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
-    adjoint_params=None, engine="auto",
+    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto",
 ):  # fmt: skip
     """`odeint` whose gradients come from a solve of the adjoint equation backwards in time.
 
@@ -99,20 +104,20 @@ def odeint_adjoint(
         As `odeint`, in the backward pass too; ArgumentError when ``func`` is not a Module and
         ``adjoint_params`` is missing.
     """
-    params = collect_params(func, adjoint_params)
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn)
+    params = collect_params(func, adjoint_params, args)
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     spec = make_spec(
         problem, options, rtol, atol, method,
-        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, engine,
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,
     )  # fmt: skip
     solution, event_t = solve_with_adjoint(problem, spec, params, name)
     return solution.ys if event_fn is None else (event_t, solution.ys)
 
 
-def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None) -> str:
+def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=()) -> str:
     """Which engine ``engine="auto"`` takes for a call, and why the others decline; nothing is solved."""
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn)
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     chosen = choose(problem, "auto")
     lines = [f"{problem.method.name} on the {chosen} engine"]
     for name, engine in ENGINES.items():

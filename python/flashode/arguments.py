@@ -113,6 +113,13 @@ def require_finite(y0, shapes, method):
     )
 
 
+def require_tuple(args):
+    if not isinstance(args, tuple):
+        raise ArgumentTypeError(
+            f"args must be a tuple of what func takes after (t, y), got {kind_of(args)}; for one value write args=(value,)"
+        )
+
+
 def method_named(method, argument="method") -> Method:
     name = "dopri5" if method is None else method
     if not isinstance(name, str):
@@ -297,10 +304,10 @@ def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, fin
     return number
 
 
-def _flag(options, name) -> bool:
+def flag(options, name, argument="options") -> bool:
     value = options.get(name, False)
     if not isinstance(value, (bool, int)) or value not in (0, 1):
-        raise ArgumentTypeError(f"options[{name!r}] must be True or False, got {kind_of(value)}")
+        raise ArgumentTypeError(f"{argument}[{name!r}] must be True or False, got {kind_of(value)}")
     return bool(value)
 
 
@@ -328,7 +335,7 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
     if norm is not None and not callable(norm):
         raise ArgumentTypeError(f"options['norm'] must be callable, got {kind_of(norm)}")
     first_step = _number(options, "first_step", None, strict=True)
-    overshoot = _flag(options, "overshoot")
+    overshoot = flag(options, "overshoot")
     return {
         "control": control,
         "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
@@ -391,7 +398,7 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
         "dense": method.dense if interp == "linear" else method.cubic,
         "grid": grid,
         "steps_on_times": grid is clock,
-        "perturb": _flag(options, "perturb"),
+        "perturb": flag(options, "perturb"),
     }
 
 

@@ -21,7 +21,7 @@ from .methods import Method
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Solve ``dy/dt = func(t, y)`` from ``y0``.
+    """Solve ``dy/dt = func(t, y, *args)`` from ``y0``.
 
     Engines run on a forward clock, ``direction * t``, that always increases. A tuple state is one
     flat tensor in here; ``shapes`` and ``dtypes`` are None unless the caller gave a tuple.
@@ -41,6 +41,7 @@ class Problem:
         max_num_steps: trial steps allowed between two output times.
         callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
         counted: members that the default norm covers, from the first; None for all.
+        args: what ``func`` is called with after ``(t, y)``.
     """
 
     func: Callable
@@ -66,6 +67,7 @@ class Problem:
     callbacks: tuple[Callable | None, ...] = (None, None, None)
     event_fn: Callable | None = None
     counted: int | None = None
+    args: tuple = ()
 
     @property
     def adaptive(self) -> bool:
@@ -190,10 +192,11 @@ class Problem:
             callback(t0, self.unflatten(y0.detach().clone()), dt)
 
     @staticmethod
-    def from_call(func, y0, t, rtol, atol, method, options, event_fn) -> Problem:
+    def from_call(func, y0, t, rtol, atol, method, options, event_fn, args=()) -> Problem:
         """Checks every argument of one `odeint` call; raises before ``func`` is called."""
         if not callable(func):
             raise ArgumentTypeError(f"func must be callable as func(t, y), got {kind_of(func)}")
+        arguments.require_tuple(args)
         y0, shapes, dtypes = arguments.flat_state(y0)
         chosen = arguments.method_named(method)
         options = arguments.known_options(options, chosen)
@@ -233,6 +236,7 @@ class Problem:
             atol=atol,
             callbacks=arguments.callbacks_of(func, chosen),
             event_fn=event_fn,
+            args=args,
             **particular,
         )
 

@@ -152,7 +152,7 @@ class Run:
         """``func(t, y)``; ``nudge`` -1 and +1 take the last time before and the first after t."""
         p = self.p
         self.nfe += 1
-        value = p.func(self.stage_time(t, shift, nudge), p.unflatten(y))
+        value = p.func(self.stage_time(t, shift, nudge), p.unflatten(y), *p.args)
         # A copy: func may return a buffer it reuses, or its own argument.
         return p.slope(value).clone()
 

@@ -1,0 +1,100 @@
+"""Gradients of a solve by a backward pass of our own in place of autograd's graph of every step.
+
+``backsolve`` solves the continuous adjoint backwards in time, ``interpolated`` does so along the
+dense output of the forward solve, and ``checkpoint`` replays the accepted steps.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from ..engines import ENGINES
+from ..errors import ArgumentError
+from ..problem import Problem
+from ..solution import Solution, finish
+from . import backsolve
+from .spec import AdjointSpec, Record
+
+_MODES = {"backsolve": backsolve}
+
+
+def solve_with_adjoint(
+    problem: Problem, spec: AdjointSpec, params: tuple, engine: str
+) -> tuple[Solution, torch.Tensor | None]:
+    """Solves ``problem`` with gradients to its state, its times and ``params`` by `spec`."""
+    # The engine works on values alone; autograd sees one node with these inputs.
+    values = replace(problem, y0=problem.y0.detach(), t=problem.t.detach())
+    result = []
+    ys, event_t = _Adjoint.apply(values, spec, engine, result, problem.y0, problem.t, *params)
+    (solution,) = result
+    solution.ys = problem.unflatten(ys, batch=1)
+    return solution, (event_t if problem.event_fn is not None else None)
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem, spec, engine, result, y0, t, *params):
+        outcome = ENGINES[engine].solve(problem)
+        result.append(finish(problem, outcome, engine, throw=True))
+        event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
+        times = problem.t if problem.event_fn is None else torch.stack([problem.t[0], event_t])
+        ctx.problem, ctx.spec, ctx.dt = problem, spec, outcome.dt
+        ctx.autocast = _autocast(problem.y0.device.type)
+        ctx.save_for_backward(times, outcome.ys, *params)
+        ctx.mark_non_differentiable(event_t)
+        return outcome.ys, event_t
+
+    @staticmethod
+    def backward(ctx, grad_ys, _):
+        t, ys, *params = ctx.saved_tensors
+        record = Record(ctx.problem, ctx.spec, t, ys, tuple(params), ctx.dt)
+        _require_finite_gradients(t, grad_ys)
+        with torch.no_grad(), ctx.autocast():
+            adj_y, grad_t, adj_params = _MODES[ctx.spec.mode].gradients(
+                record, grad_ys, ctx.needs_input_grad[5]
+            )
+        grads = adj_y, grad_t, *adj_params
+        if torch.is_grad_enabled():
+            grads = _FirstOnly.apply(torch.zeros((), requires_grad=True), *grads)
+        return None, None, None, None, *grads
+
+
+def _autocast(device_type: str):
+    """Makes the context under which ``func`` ran: its dtypes must be the same in both passes."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext
+    dtype, cache = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
+    return lambda: torch.autocast(device_type, dtype, cache_enabled=cache)
+
+
+def _require_finite_gradients(t, grad_ys):
+    """The backward solve starts from the gradients of the loss: nothing can be made of NaN."""
+    bad = ~torch.isfinite(grad_ys)
+    if bad.any():
+        output = bad.reshape(len(bad), -1).any(1).nonzero()[-1].item()
+        raise ArgumentError(
+            f"the gradient of the loss with respect to the outputs of odeint_adjoint holds {int(bad.sum())} "
+            f"non-finite values, the last at output {output} "
+            f"(t={t[output].item():g}); look for the cause in the loss"
+        )
+
+
+class _FirstOnly(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated.
+
+    Without it a second derivative would be taken for zero: these gradients have no graph.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, *grads):
+        return tuple(None if g is None else g.clone() for g in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "odeint_adjoint gives first derivatives only; for second ones (create_graph=True, gradient "
+            "penalties) use odeint, which differentiates the solver's own steps"
+        )
