@@ -304,6 +304,22 @@ def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, fin
     return number
 
 
+def norm_result(returned, is_finite) -> float:
+    """What the caller's norm returned, as a non-negative float; ``is_finite()`` tells of its argument."""
+    if isinstance(returned, complex) or (isinstance(returned, torch.Tensor) and returned.is_complex()):
+        returned = abs(returned)
+    value = real_number(returned)
+    if value is None:
+        raise ArgumentTypeError(
+            f"options['norm'] must return a scalar Tensor or a float, got {kind_of(returned)}"
+        )
+    if value < 0:
+        raise ArgumentError(f"options['norm'] must return a number that is not negative, got {value}")
+    if math.isnan(value) and is_finite():
+        raise ArgumentError(f"options['norm'] returned {value} for a finite tensor")
+    return value
+
+
 def flag(options, name, argument="options") -> bool:
     value = options.get(name, False)
     if not isinstance(value, (bool, int)) or value not in (0, 1):
@@ -388,7 +404,7 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
     if event_fn is not None:
         grid = clock[:1]
     elif step_size is not None:
-        grid = _even_grid(clock, times, step_size)
+        grid = even_grid(clock, times, step_size)
     elif constructor is not None:
         grid = _constructed_grid(constructor, func, y0, t, times, direction)
     else:
@@ -402,7 +418,7 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
     }
 
 
-def _even_grid(clock, times, step_size):
+def even_grid(clock, times, step_size):
     """``t[0] + i * step_size`` while before the end, then the end itself."""
     steps = (times[-1] - times[0]) / step_size
     if steps > MAX_GRID:

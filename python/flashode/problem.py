@@ -169,18 +169,7 @@ class Problem:
     def norm_value(self, scaled: torch.Tensor) -> float:
         """The caller's norm of a flat scaled error, as a non-negative float."""
         returned = self.norm(self.unflatten(scaled))
-        if isinstance(returned, complex) or (isinstance(returned, torch.Tensor) and returned.is_complex()):
-            returned = abs(returned)
-        value = arguments.real_number(returned)
-        if value is None:
-            raise ArgumentTypeError(
-                f"options['norm'] must return a scalar Tensor or a float, got {kind_of(returned)}"
-            )
-        if value < 0:
-            raise ArgumentError(f"options['norm'] must return a number that is not negative, got {value}")
-        if math.isnan(value) and torch.isfinite(scaled).all():
-            raise ArgumentError(f"options['norm'] returned {value} for a finite tensor")
-        return value
+        return arguments.norm_result(returned, lambda: torch.isfinite(scaled).all())
 
     def report(self, callback, t0: float, y0: torch.Tensor, dt: float):
         """Calls one of the caller's callbacks, if there is one, with ``(t0, y0, dt)``."""

@@ -94,14 +94,26 @@ def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
     return Solution(problem.t, problem.unflatten(outcome.ys, batch=1), outcome.status, stats)
 
 
-def _failure(problem, outcome: Outcome) -> SolveError:
+def backward_failure(problem, result) -> SolveError:
+    """The `SolveError` of a failed backward solve, from its `Gradients`."""
+    outcome = Outcome(
+        result.status, result.adj_y, result.nfe, result.accepted, result.rejected,
+        t=result.t, dt=result.dt, error_ratio=result.error_ratio, k=result.k, y1=result.y1,
+    )  # fmt: skip
+    source = "func returned"
+    if all(torch.isfinite(x).all() for x in result.k):
+        outcome.k, source = result.adj_k, "the vector-Jacobian product of func has"
+    return _failure(problem, outcome, source, "in the backward solve, ")
+
+
+def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> SolveError:
     t, dt = problem.direction * outcome.t, problem.direction * outcome.dt
     reason, culprit = _cause(problem, outcome)
     index = None if culprit is None else _first_nonfinite(problem, culprit)
     where = "" if index is None else f" ({_element(problem, culprit, index)} at element {list(index)})"
     text, remedy = {
         Status.NONFINITE_FIELD: (
-            f"func returned non-finite values{where} in the step from t={t!r}, the last good state",
+            f"{source} non-finite values{where} in the step from t={t!r}, the last good state",
             "check func for overflow, division by zero, or arguments outside its domain; or the "
             "solution itself grows beyond its dtype",
         ),
@@ -135,7 +147,7 @@ def _failure(problem, outcome: Outcome) -> SolveError:
         f"{outcome.nfe} calls of func, last dt={dt!r}"
     )
     return SolveError(
-        f"{text} [{problem.method.name}; {counts}]. {remedy[0].upper()}{remedy[1:]}.",
+        f"{prefix}{text} [{problem.method.name}; {counts}]. {remedy[0].upper()}{remedy[1:]}.",
         reason=reason,
         t=t,
         dt=dt,

@@ -41,7 +41,7 @@ class _Adjoint(torch.autograd.Function):
         result.append(finish(problem, outcome, engine, throw=True))
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
         times = problem.t if problem.event_fn is None else torch.stack([problem.t[0], event_t])
-        ctx.problem, ctx.spec, ctx.dt = problem, spec, outcome.dt
+        ctx.problem, ctx.spec, ctx.engine, ctx.dt = problem, spec, engine, outcome.dt
         ctx.autocast = _autocast(problem.y0.device.type)
         ctx.save_for_backward(times, outcome.ys, *params)
         ctx.mark_non_differentiable(event_t)
@@ -50,7 +50,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ys, _):
         t, ys, *params = ctx.saved_tensors
-        record = Record(ctx.problem, ctx.spec, t, ys, tuple(params), ctx.dt)
+        record = Record(ctx.problem, ctx.spec, t, ys, tuple(params), ctx.engine, ctx.dt)
         _require_finite_gradients(t, grad_ys)
         with torch.no_grad(), ctx.autocast():
             adj_y, grad_t, adj_params = _MODES[ctx.spec.mode].gradients(

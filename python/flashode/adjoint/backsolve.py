@@ -1,4 +1,4 @@
-"""The continuous adjoint.
+"""The continuous adjoint, solved backwards in time.
 
 With ``a(t) = dL/dy(t)``, the adjoint obeys ``da/dt = -a^T df/dy`` and accumulates
 ``dL/dp = -int a^T df/dp dt`` on the way back from the last output to the first (Chen, Rubanova,
@@ -8,18 +8,40 @@ rebuilt backwards along with it, so nothing of the forward solve is kept but its
 
 from __future__ import annotations
 
+import math
+import warnings
+from dataclasses import replace
+
 import torch
 
+from .. import arguments
+from ..arguments import CALLBACKS
+from ..augmented import Augmented, Gradients
+from ..engines import SWEEPS
+from ..problem import Problem
+from ..solution import backward_failure
 from . import restart
 from .spec import Record
+
+# Between the state as it was stored and as it was rebuilt, in tolerances. Both are solutions to
+# tolerance, and honest ones part by up to some hundreds of them over many steps.
+_DRIFT = 1e4
 
 
 def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
     """To the state, to the times (None unless asked for) and to the parameters."""
-    grad_t = None
-    if needs_t:
-        grad_t = _moved(record, grad_ys)
-    vjp_t, adj_y, adj_params = restart.sweep(record, grad_ys, grad_t)
+    grad_t = _moved(record, grad_ys) if needs_t else None
+    if record.spec.restart or _only_restart_serves(record):
+        vjp_t, adj_y, adj_params = restart.sweep(record, grad_ys, grad_t)
+    else:
+        augmented = _augmented(record, grad_ys, needs_t)
+        result = SWEEPS[record.engine](augmented)
+        if not result.status.ok:
+            raise backward_failure(augmented.problem, result)
+        _warn_of_drift(augmented.problem, result)
+        vjp_t, adj_y, adj_params = result.vjp_t, result.adj_y, result.adj_params
+        if needs_t:
+            vjp_t = vjp_t - grad_t.sum()  # moving every time does not move the outputs
     if needs_t:
         grad_t[0] = vjp_t
         if record.problem.event_fn is not None:
@@ -35,3 +57,74 @@ def _moved(record: Record, grad_ys):
         slope = problem.slope(problem.func(t_i, problem.unflatten(record.ys[i].clone()), *problem.args))
         grad_t[i] = (slope * grad_ys[i].conj()).real.sum()
     return grad_t
+
+
+def _only_restart_serves(record: Record) -> bool:
+    """What is defined interval by interval: torchdiffeq's own steps, a grid of the caller's for
+    each interval, tolerances for parts of the augmented state."""
+    spec, shapes = record.spec, record.problem.shapes
+    members = 1 if shapes is None else len(shapes)
+    return (
+        bool(spec.options.get("overshoot"))
+        or spec.options.get("grid_constructor") is not None
+        or any(isinstance(tol, (tuple, list)) and len(tol) != members for tol in (spec.rtol, spec.atol))
+    )
+
+
+class _Backwards:
+    """The caller's field with the callbacks of the backward solve."""
+
+    def __init__(self, func):
+        self.func = func
+        for name in CALLBACKS:
+            callback = getattr(func, name + "_adjoint", None)
+            if callback is not None:
+                setattr(self, name, callback)
+
+    def __call__(self, t, y, *args):
+        return self.func(t, y, *args)
+
+
+def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
+    forward, spec, ys = record.problem, record.spec, record.ys
+    y, t = forward.unflatten(ys[-1]), record.t.flip(0)
+    problem = Problem.from_call(
+        _Backwards(forward.func), y, t, spec.rtol, spec.atol, spec.method, spec.options, None, forward.args
+    )
+    problem = replace(problem, func=forward.func)
+    if not problem.adaptive and not problem.steps_on_times:
+        problem = replace(problem, grid=_grid_through(problem))
+    first_step = problem.first_step
+    if first_step is None and problem.method is forward.method and math.isfinite(record.dt):
+        first_step = record.dt  # step-size control goes on where the forward solve left it
+    rows = grad_ys.reshape(len(grad_ys), -1)
+    return Augmented(
+        problem=problem,
+        ys=ys,
+        grad_ys=grad_ys.contiguous(),
+        jumps=(rows != 0).any(1).flip(0).tolist(),
+        params=record.params,
+        needs_t=needs_t,
+        seminorm=spec.seminorm,
+        first_step=first_step,
+    )
+
+
+def _grid_through(problem: Problem) -> torch.Tensor:
+    """Steps of the given size from every output to the next."""
+    clock = torch.tensor(problem.times, dtype=torch.float64)
+    step_size = problem.control.max_step
+    grids = [
+        arguments.even_grid(clock[i : i + 2], problem.times[i : i + 2], step_size)
+        for i in range(len(clock) - 1)
+    ]
+    return torch.cat([clock[:1], *(grid[1:] for grid in grids)])
+
+
+def _warn_of_drift(problem: Problem, result: Gradients):
+    if result.drift > _DRIFT or math.isnan(result.drift):
+        warnings.warn(
+            f"odeint_adjoint: at t={problem.direction * result.drift_t:g} the state rebuilt backwards is "
+            f"{result.drift:.1e} tolerances away from the one the forward solve stored; the problem cannot be "
+            "solved backwards this far, and the gradients may be wrong. Use adjoint='checkpoint', or odeint"
+        )

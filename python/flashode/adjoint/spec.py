@@ -46,6 +46,7 @@ class Record:
         t: times of the outputs, shape (T,); with an event, the start and the event's time.
         ys: the outputs, shape (T, *flat state).
         params: tensors that get gradients.
+        engine: which one solves.
         dt: what step-size control would have tried next, NaN where there was no control.
         steps: the accepted steps, where the mode keeps them.
     """
@@ -55,6 +56,7 @@ class Record:
     t: torch.Tensor
     ys: torch.Tensor
     params: tuple[torch.Tensor, ...]
+    engine: str
     dt: float
     steps: object = None
 

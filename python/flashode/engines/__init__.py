@@ -1,15 +1,17 @@
 """The engines, and the choice between them.
 
-An engine is a module with ``supports(problem) -> reason or None`` and ``solve(problem) -> Outcome``.
+An engine is a module with ``supports(problem) -> reason or None`` and ``solve(problem) -> Outcome``;
+its sweep, ``sweep(augmented) -> Gradients``, is the backward solve of `odeint_adjoint`.
 """
 
 from __future__ import annotations
 
 from ..errors import ArgumentError
 from ..problem import Problem
-from . import native, reference
+from . import native, reference, reference_sweep
 
 ENGINES = {"native": native, "reference": reference}
+SWEEPS = {"native": reference_sweep.sweep, "reference": reference_sweep.sweep}
 
 
 def choose(problem: Problem, engine: str):

@@ -82,6 +82,16 @@ def version_of(y):
     return object() if y.is_inference() else y._version  # inference tensors do not count
 
 
+def stage_time(p: Problem, t, shift=None, nudge=0):
+    """The 0-d tensor that func sees, rounded once and kept inside the interval."""
+    low, high = p.time_bounds
+    x = torch.tensor(t, dtype=p.time_dtype)
+    if nudge:
+        x = torch.nextafter(x, torch.tensor(nudge * math.inf, dtype=p.time_dtype))
+    x = (p.direction * x.clamp(low, high)).to(p.y0.device)
+    return x if shift is None else x + (p.direction * shift).to(x)
+
+
 # ---- one solve -----------------------------------------------------------------------------
 
 
@@ -152,19 +162,9 @@ class Run:
         """``func(t, y)``; ``nudge`` -1 and +1 take the last time before and the first after t."""
         p = self.p
         self.nfe += 1
-        value = p.func(self.stage_time(t, shift, nudge), p.unflatten(y), *p.args)
+        value = p.func(stage_time(p, t, shift, nudge), p.unflatten(y), *p.args)
         # A copy: func may return a buffer it reuses, or its own argument.
         return p.slope(value).clone()
-
-    def stage_time(self, t, shift, nudge):
-        """The 0-d tensor that func sees, rounded once and kept inside the interval."""
-        p = self.p
-        low, high = p.time_bounds
-        x = torch.tensor(t, dtype=p.time_dtype)
-        if nudge:
-            x = torch.nextafter(x, torch.tensor(nudge * math.inf, dtype=p.time_dtype))
-        x = (p.direction * x.clamp(low, high)).to(p.y0.device)
-        return x if shift is None else x + (p.direction * shift).to(x)
 
     def error_norm(self, x):
         p = self.p
@@ -396,7 +396,7 @@ class Run:
             return self.outcome(Status.EVENT)
 
     def event_values(self, t, y):
-        values = self.p.event_fn(self.stage_time(t, None, 0), self.p.unflatten(y))
+        values = self.p.event_fn(stage_time(self.p, t), self.p.unflatten(y))
         if not isinstance(values, torch.Tensor):
             raise ArgumentTypeError(f"event_fn must return a Tensor, got {type(values).__name__}")
         require_dense("what event_fn returned", values)
