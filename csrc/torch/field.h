@@ -35,30 +35,44 @@ class Field {
 
   // The same at the time last given by stage_time.
   at::Tensor call_at_stage_time(const Shown& y, const at::Tensor& shift) {
-    ++nfe;
     py::object shifted;
     if (shift.defined()) {
       shifted = wrap(time_.flat.add(shift.mul(direction).to(time_.flat.options())));
     }
-    arguments_ = {nullptr, (shifted ? shifted : time_.argument).ptr(), y.argument.ptr()};
+    return slope(value_at(shifted ? shifted : time_.argument, y.argument));
+  }
+
+  // What func returns, as it is.
+  py::object value_at(py::handle time, py::handle state) {
+    ++nfe;
+    arguments_ = {nullptr, time.ptr(), state.ptr()};
     for (const py::handle argument : args_) arguments_.push_back(argument.ptr());
     PyObject* value =
         PyObject_Vectorcall(func_.ptr(), arguments_.data() + 1,
                             (arguments_.size() - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
     if (value == nullptr) throw py::error_already_set();
-    return slope(py::reinterpret_steal<py::object>(value));
+    return py::reinterpret_steal<py::object>(value);
+  }
+
+  // The same as one tensor in the layout of the state, with its graph and not copied.
+  at::Tensor flat_value(const py::object& value) {
+    return is_plain(value) ? THPVariable_Unpack(value.ptr()) : unpack(problem_.attr("slope")(value));
   }
 
   // The time that func sees: rounded once, kept inside the interval. Written here on a CPU; on a
   // GPU the kernel that makes the state writes it, so that it costs no launch of its own.
   TimeTarget stage_time(double t, int nudge) {
     const Dtype dtype = dtype_of(like);
-    const double value = direction * std::clamp(round_time(t, nudge, dtype), time_bounds_.first,
-                                                time_bounds_.second);
+    const double value = time_value(t, nudge);
     time_.make_writable({}, like.options(), py::none());
     if (!time_.flat.is_cpu()) return {time_.flat, value};
     write_time(time_.flat.mutable_data_ptr(), value, dtype);
     return {};
+  }
+
+  double time_value(double t, int nudge) const {
+    return direction * std::clamp(round_time(t, nudge, dtype_of(like)), time_bounds_.first,
+                                  time_bounds_.second);
   }
 
   // Makes `target` safe to write.
@@ -73,15 +87,18 @@ class Field {
   // A contiguous tensor in the layout of the state that nothing else writes. Anything unusual goes
   // through Problem.slope, which casts it or raises.
   at::Tensor slope(const py::object& value) {
-    if (split.is_none() && THPVariable_CheckExact(value.ptr())) {
-      const at::Tensor& k = THPVariable_Unpack(value.ptr());
-      if (k.scalar_type() == like.scalar_type() && k.device() == like.device() &&
-          k.layout() == at::kStrided && k.sizes() == like.sizes() && !k.is_conj() && !k.is_neg()) {
-        if (!k.is_contiguous()) return k.contiguous();
-        return is_ours_alone(value.ptr()) ? k : copied(k);
-      }
-    }
-    return copied(unpack(problem_.attr("slope")(value)));
+    if (!is_plain(value)) return copied(unpack(problem_.attr("slope")(value)));
+    const at::Tensor& k = THPVariable_Unpack(value.ptr());
+    if (!k.is_contiguous()) return k.contiguous();
+    return is_ours_alone(value.ptr()) ? k : copied(k);
+  }
+
+  // Whether a value needs neither checks nor casts.
+  bool is_plain(const py::object& value) const {
+    if (!split.is_none() || !THPVariable_CheckExact(value.ptr())) return false;
+    const at::Tensor& k = THPVariable_Unpack(value.ptr());
+    return k.scalar_type() == like.scalar_type() && k.device() == like.device() &&
+           k.layout() == at::kStrided && k.sizes() == like.sizes() && !k.is_conj() && !k.is_neg();
   }
 
   at::Tensor copied(const at::Tensor& value) {
