@@ -5,6 +5,7 @@
 
 #include "../kernels/launch.h"
 #include "driver.h"
+#include "sweep.h"
 
 namespace py = pybind11;
 using flashode::Interpolant;
@@ -58,4 +59,5 @@ PYBIND11_MODULE(_C, m) {
                     const std::vector<std::vector<double>>&>(),
            py::arg("weights"), py::arg("extra_c"), py::arg("extra_a"));
   m.def("solve", &flashode::solve, py::arg("problem"), py::arg("table"), py::arg("interpolant"));
+  m.def("sweep", &flashode::sweep, py::arg("augmented"), py::arg("table"), py::arg("interpolant"));
 }

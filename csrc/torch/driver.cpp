@@ -68,14 +68,7 @@ void* handle_of(const Stream& stream, c10::Device device) {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kReleaseGil = 1 << 16;  // elements from which other threads get to run
 
-// Numbers of flashode.errors.Status.
-enum Status { kSuccess, kMaxSteps, kStepUnderflow, kNonfiniteField, kNonfiniteState };
 enum Landing { kFree, kStop, kJump, kEnd };  // what the end of a step lands on
-
-// No further step is possible.
-struct StepFailure {
-  Status status;
-};
 
 // An accepted step. shift0 and shift1 are zeros that carry the gradients of t0 and t1, if any.
 struct Step {
@@ -166,20 +159,8 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
       on_reject_(p_.attr("callbacks")[py::int_(2)]),
       norm_(p_.attr("norm_offsets").cast<std::vector<int64_t>>()),
       t0_(times_[0]) {
-  const py::object control = p_.attr("control");
-  control_ = {control.attr("order").cast<int>(),       control.attr("safety").cast<double>(),
-              control.attr("ifactor").cast<double>(),  control.attr("dfactor").cast<double>(),
-              control.attr("min_step").cast<double>(), control.attr("max_step").cast<double>()};
-  const auto read = [&](const char* name, double& number, at::Tensor& each) {
-    const py::object value = p_.attr(name);
-    if (THPVariable_Check(value.ptr())) {
-      each = unpack(value).contiguous();
-    } else {
-      number = value.cast<double>();
-    }
-  };
-  read("rtol", tol_.rtol, tol_.each_rtol);
-  read("atol", tol_.atol, tol_.each_atol);
+  control_ = controller_of(p_);
+  tol_ = tolerances_of(p_);
   if (!adaptive_) {
     const at::Tensor grid = unpack(p_.attr("grid")), values = grid.detach().contiguous();
     grid_.assign(values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel());
@@ -552,6 +533,28 @@ py::dict Run::solve() {
 void* current_stream(c10::Device device) {
   const c10::impl::VirtualGuardImpl guard(device.type());
   return handle_of(guard.getStream(device), device);
+}
+
+Controller controller_of(const py::object& problem) {
+  const py::object control = problem.attr("control");
+  return {control.attr("order").cast<int>(),       control.attr("safety").cast<double>(),
+          control.attr("ifactor").cast<double>(),  control.attr("dfactor").cast<double>(),
+          control.attr("min_step").cast<double>(), control.attr("max_step").cast<double>()};
+}
+
+Tolerances tolerances_of(const py::object& problem) {
+  Tolerances tol;
+  const auto read = [&](const char* name, double& number, at::Tensor& each) {
+    const py::object value = problem.attr(name);
+    if (THPVariable_Check(value.ptr())) {
+      each = unpack(value).contiguous();
+    } else {
+      number = value.cast<double>();
+    }
+  };
+  read("rtol", tol.rtol, tol.each_rtol);
+  read("atol", tol.atol, tol.each_atol);
+  return tol;
 }
 
 py::dict solve(py::handle problem, const Table& table, const Interpolant& dense) {

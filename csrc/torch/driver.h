@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "native.h"
+
 namespace flashode {
 
 // One row of a tableau without its zeros: stage numbers and their weights.
@@ -34,6 +36,17 @@ struct Interpolant {
   std::vector<double> extra_c;
   std::vector<Row> extra_a;
 };
+
+// Numbers of flashode.errors.Status.
+enum Status { kSuccess, kMaxSteps, kStepUnderflow, kNonfiniteField, kNonfiniteState };
+
+// No further step is possible.
+struct StepFailure {
+  Status status;
+};
+
+Controller controller_of(const pybind11::object& problem);
+Tolerances tolerances_of(const pybind11::object& problem);
 
 // Solves a flashode.problem.Problem. Returns the fields of flashode.solution.Outcome.
 pybind11::dict solve(pybind11::handle problem, const Table& table, const Interpolant& dense);

@@ -33,13 +33,6 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // Shares of a step that it keeps when it ends at an output; see the twin.
 constexpr double kShareWithJumps = 0.5, kShareWithout = 0.8;
 
-// Numbers of flashode.errors.Status.
-enum Status { kSuccess, kMaxSteps, kStepUnderflow, kNonfiniteField };
-
-struct StepFailure {
-  Status status;
-};
-
 // The end of a step: its time, whether the field jumps there, and the outputs up to it.
 struct End {
   double t;
@@ -83,7 +76,6 @@ class Sweep {
                       const TimeTarget& time = {});
   std::vector<double> weights_at(double x) const;
   void report(const py::object& callback, double dt);
-  py::list integrals_at_start() const;
 
   // The problem, read once.
   const py::object g_, p_;
@@ -169,14 +161,13 @@ Sweep::Sweep(py::handle augmented, const Table& table, const Interpolant& dense)
         Tensors params;
         for (const py::handle param : g_.attr("params")) params.push_back(unpack(param));
         return params;
-      }(), g_.attr("needs_t").cast<bool>()),
+      }(), g_.attr("needs_t").cast<bool>(), py::none()),
       b_(full(table.b, table.c.size())),
       b_err_(full(table.b_err, table.c.size())),
       c_(table.c),
       a_(table.a),
       norm_(p_.attr("norm_offsets").cast<std::vector<int64_t>>()),
       t0_(times_[0]) {
-  const py::object control = p_.attr("control");
   control_ = controller_of(p_);
   tol_ = tolerances_of(p_);
   c_.insert(c_.end(), dense.extra_c.begin(), dense.extra_c.end());

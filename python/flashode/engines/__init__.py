@@ -11,7 +11,7 @@ from ..problem import Problem
 from . import native, reference, reference_sweep
 
 ENGINES = {"native": native, "reference": reference}
-SWEEPS = {"native": reference_sweep.sweep, "reference": reference_sweep.sweep}
+SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}
 
 
 def choose(problem: Problem, engine: str):

@@ -10,6 +10,7 @@ import functools
 import torch
 
 from .. import extension
+from ..augmented import Augmented, Gradients
 from ..errors import Status
 from ..interp import Dense
 from ..problem import Problem
@@ -46,6 +47,14 @@ def solve(problem: Problem) -> Outcome:
     tableau, dense = _table(problem.method.tableau), _interpolant(problem.dense)
     fields = extension.C.solve(problem, tableau, dense)
     return Outcome(**{**fields, "status": Status(fields["status"])})
+
+
+def sweep(augmented: Augmented) -> Gradients:
+    """The backward solve, from the last output back to the first."""
+    method = augmented.problem.method
+    tableau, dense = _table(method.tableau), _interpolant(augmented.problem.dense)
+    fields = extension.C.sweep(augmented, tableau, dense)
+    return Gradients(**{**fields, "status": Status(fields["status"])})
 
 
 @functools.cache
