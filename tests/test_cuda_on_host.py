@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from ctypes import c_char, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_bool, c_char, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from itertools import accumulate
 from pathlib import Path
 
@@ -64,8 +64,12 @@ class Operands(ctypes.Structure):
         + [(name, c_int64) for name in ("n", "rows", "members")]
         + [(name, c_void_p) for name in ("y0", "y1", "k", "coef")]
         + [(name, c_double) for name in ("rtol", "atol")]
-        + [(name, c_void_p) for name in ("each_rtol", "each_atol", "offsets")]
+        + [(name, c_void_p) for name in ("each_rtol", "each_atol", "offsets", "segments")]
     )
+
+
+class Segment(ctypes.Structure):
+    _fields_ = [("n", c_int64)] + [(name, c_void_p) for name in ("slope", "base", "value", "error")]
 
 
 class Control(ctypes.Structure):
@@ -103,9 +107,15 @@ def host(tmp_path_factory):
     library.cpu_scaled_error.argtypes = c_void_p, c_void_p
     library.norm_scratch_bytes.argtypes = c_int64, c_int64
     library.norm_scratch_bytes.restype = c_int64
-    library.cuda_error_norm.argtypes = c_void_p, c_int64, *[c_void_p] * 3, c_double, c_void_p
+    library.cuda_error_norm.argtypes = c_void_p, c_int64, *[c_void_p] * 3, c_double, c_double, c_void_p
     library.cpu_error_norm.argtypes = (c_void_p,)
     library.cpu_error_norm.restype = c_double
+    library.cuda_accumulate.argtypes = library.cpu_accumulate.argtypes = c_void_p, c_double, c_double, c_bool
+    library.segment_scratch_bytes.argtypes = (c_void_p,)
+    library.segment_scratch_bytes.restype = c_int64
+    library.cuda_segment_norm.argtypes = c_void_p, c_void_p, c_void_p, c_double
+    library.cpu_segment_norm.argtypes = (c_void_p,)
+    library.cpu_segment_norm.restype = c_double
     library.decision_of.argtypes = c_double, c_double, c_void_p, c_void_p
     library.widen_all.argtypes = library.narrow_all.argtypes = c_int, c_void_p, c_void_p, c_int64
     library.round_times.argtypes = c_int, c_void_p, c_int, c_void_p, c_int64
@@ -282,14 +292,14 @@ def test_scaled_error_has_the_same_bits_everywhere(host, dtype, n, each):
 
 
 class Norm:
-    """Repeated norms of one case, with one scratch: nothing but the counter starts at zero."""
+    """Repeated norms of one case, with one scratch: only the counter and the norm so far start at zero."""
 
     def __init__(self, host, case, max_blocks):
         self.host, self.case, self.max_blocks = host, case, max_blocks
         self.longest = max(case.sizes)
         host.schedule(0, max_blocks)
         doubles = host.norm_scratch_bytes(self.longest, len(case.sizes)) // 8
-        self.scratch = guarded(torch.tensor([0.0] + [math.nan] * (doubles - 1), dtype=torch.float64))
+        self.scratch = guarded(torch.tensor([0.0] * 2 + [math.nan] * (doubles - 2), dtype=torch.float64))
 
     def __call__(self, seed=0, dt=1.0, control=None):
         """What the kernel says of the norm and of the step."""
@@ -297,10 +307,10 @@ class Norm:
         self.host.schedule(seed, self.max_blocks)
         error = self.host.cuda_error_norm(
             self.case.operands(), self.longest, self.scratch.data_ptr(), norm.address,
-            ctypes.byref(decision), dt, ctypes.byref(control or Control(order=5, max_step=math.inf)),
+            ctypes.byref(decision), 0.0, dt, ctypes.byref(control or Control(order=5, max_step=math.inf)),
         )  # fmt: skip
         succeed(self.host, error)
-        assert bits(self.scratch)[0] == 0, "the counter is not left at zero"
+        assert not bits(self.scratch)[:2].any(), "the counter and the norm so far are not left at zero"
         return norm.written().item(), decision
 
 
@@ -393,7 +403,7 @@ def test_the_norm_and_the_decision_come_alone_too(host, asked):
     host.schedule(0, 1056)
     error = host.cuda_error_norm(
         norm.case.operands(), 1000, norm.scratch.data_ptr(), value.data_ptr() if asked == "norm" else None,
-        ctypes.byref(decision) if asked == "decision" else None, 1.0, ctypes.byref(Control(order=5)),
+        ctypes.byref(decision) if asked == "decision" else None, 0.0, 1.0, ctypes.byref(Control(order=5)),
     )  # fmt: skip
     succeed(host, error)
     given = value.item() if asked == "norm" else decision.error_ratio
@@ -431,6 +441,141 @@ def test_block_sum_gives_every_thread_the_sum_in_a_fixed_order(host):
 )  # fmt: skip
 def test_the_emulator_refuses_what_cuda_does_not_define(host, fault, code):
     assert host.faulty(fault) == code
+
+
+# ---- quadrature ------------------------------------------------------------------------------
+
+SEGMENTS = [1, 0, 31, 33, 4097, *[5, 128, 129] * 25, 3000]  # more than travel with one launch
+
+
+class Quadrature:
+    """Tensors that are integrated by quadrature, as a table of segments."""
+
+    def __init__(self, dtype, sizes, with_error=True):
+        self.dtype, self.sizes = dtype, sizes
+        n = sum(sizes)
+        self.slope, self.base = state(n, dtype), state(n, dtype)
+        self.value = Target(dtype, n)
+        self.error = Target(dtype, n) if with_error else None
+
+    def operands(self, without_slope=(), in_place=False, **numbers):
+        segments, begin = (Segment * len(self.sizes))(), 0
+        for i, (segment, n) in enumerate(zip(segments, self.sizes)):
+            offset = begin * self.dtype.itemsize
+            segment.n = n
+            segment.value = self.value.address + offset
+            segment.base = segment.value if in_place else self.base.data_ptr() + offset
+            segment.slope = None if i in without_slope else self.slope.data_ptr() + offset
+            segment.error = self.error.address + offset if self.error else None
+            begin += n
+        operands = Operands(
+            dtype=DTYPES.index(self.dtype), rows=len(self.sizes),
+            segments=ctypes.cast(segments, c_void_p), **numbers,
+        )  # fmt: skip
+        operands.alive = segments
+        return ctypes.byref(operands)
+
+
+@by_dtype
+@pytest.mark.parametrize("on", ["cuda", "cpu"])
+@pytest.mark.parametrize("with_error", [True, False])
+def test_quadrature_adds_up_slopes(host, dtype, on, with_error):
+    """The first slope of a step starts from base, over whatever was there; one that is missing is zero."""
+    case = Quadrature(dtype, SEGMENTS, with_error)
+    missing = {2, 4, 7}
+    absent = torch.cat([torch.full((n,), i in missing) for i, n in enumerate(SEGMENTS)])
+    value, error = case.base.to(wide(dtype)), torch.zeros(len(case.base), dtype=wide(dtype))
+    for step, (w_value, w_error) in enumerate([(0.3, -0.01), (-1.7, 0.2), (0.1, 0.0)]):
+        case.slope.copy_(state(len(case.slope), dtype))
+        without = missing if step != 1 else ()
+        host.schedule(step, MAX_BLOCKS[step])
+        operands = case.operands(without, in_place=step > 0)
+        result = getattr(host, f"{on}_accumulate")(operands, w_value, w_error, step == 0)
+        if on == "cuda":
+            succeed(host, result)
+        slope = case.slope.to(wide(dtype)).masked_fill(absent, 0) if without else case.slope.to(wide(dtype))
+        value = (value + torch.tensor(w_value, dtype=wide(dtype)) * slope).to(dtype).to(wide(dtype))
+        error = (error + torch.tensor(w_error, dtype=wide(dtype)) * slope).to(dtype).to(wide(dtype))
+        assert torch.equal(bits(case.value.written()), bits(value.to(dtype)))
+        if with_error:
+            assert torch.equal(bits(case.error.written()), bits(error.to(dtype)))
+
+
+def segment_norm(host, case, seed=0, max_blocks=3, known=0.0):
+    """On both devices; the scratch of a GPU is used twice."""
+    operands = case.operands(rtol=1e-3, atol=1e-2)
+    host.schedule(seed, max_blocks)
+    doubles = host.segment_scratch_bytes(operands) // 8
+    scratch = guarded(torch.tensor([0.0] * 2 + [math.nan] * (doubles - 2), dtype=torch.float64))
+    norms = []
+    for _ in range(2):
+        norm = Target(torch.float64, 1)
+        succeed(host, host.cuda_segment_norm(operands, scratch.data_ptr(), norm.address, known))
+        norms.append(norm.written().item())
+    np.testing.assert_equal(norms[0], norms[1])
+    return norms[0], host.cpu_segment_norm(operands)
+
+
+def filled(dtype, sizes):
+    """A step that has been taken."""
+    case = Quadrature(dtype, sizes)
+    case.value.values.copy_(state(sum(sizes), dtype))
+    case.error.values.copy_(state(sum(sizes), dtype))
+    return case
+
+
+def alone(case, i):
+    """One segment as a flat state with its error as the only slope."""
+    y0, y1, error = (x.split(case.sizes)[i] for x in (case.base, case.value.values, case.error.values))
+    like = Case(case.dtype, len(y0), 0, sizes=[len(y0)])
+    like.y0, like.y1, like.k, like.coef = y0, y1, [error], torch.ones(1, 1, dtype=torch.float64)
+    return like
+
+
+@by_dtype
+def test_the_norm_of_segments_is_the_largest_of_their_error_norms(host, dtype):
+    case = filled(dtype, SEGMENTS)
+    each = [alone(case, i) for i, n in enumerate(SEGMENTS) if n]
+    on_gpu, on_cpu = segment_norm(host, case)
+    assert on_cpu == max(host.cpu_error_norm(one.operands()) for one in each)
+    assert on_gpu == pytest.approx(max(one.error_norm() for one in each), rel=1e-14)
+    assert segment_norm(host, case, seed=5)[0] == on_gpu
+    assert segment_norm(host, case, known=2 * on_gpu)[0] == 2 * on_gpu
+
+
+def test_the_norm_of_segments_keeps_what_is_not_finite(host):
+    for where in (0, 40, -1):  # in the first table, and in the last
+        case = filled(torch.float32, SEGMENTS)
+        case.error.values[where] = math.inf
+        assert segment_norm(host, case) == (math.inf, math.inf)
+        case.value.values[64] = math.nan
+        np.testing.assert_equal(segment_norm(host, case), (math.nan, math.nan))
+
+
+def test_norms_of_several_parts_make_one_decision(host):
+    """A state and two tables of segments, each the largest once; then what the host knows already."""
+    host.schedule(0, 3)
+    for largest in range(4):
+        whole = Case(torch.float32, 5000, 4, sizes=[1000, 4000])
+        tables = [filled(torch.float32, SEGMENTS), filled(torch.float64, [7, 200])]
+        for i, part in enumerate([whole.k[0], *(table.error.values for table in tables)]):
+            part.mul_(1e4 if i == largest else 1e-3)
+        known = 1e9 if largest == 3 else 0.5
+        expected = max(known, host.cpu_error_norm(whole.operands()),
+                       *(host.cpu_segment_norm(t.operands(rtol=1e-3, atol=1e-2)) for t in tables))  # fmt: skip
+        operands = [table.operands(rtol=1e-3, atol=1e-2) for table in tables]
+        size = max(host.norm_scratch_bytes(4000, 2), *(host.segment_scratch_bytes(o) for o in operands))
+        scratch = guarded(torch.tensor([0.0] * 2 + [math.nan] * (size // 8), dtype=torch.float64))
+        for table in operands:
+            succeed(host, host.cuda_segment_norm(table, scratch.data_ptr(), None, 0.0))
+        decision = Decision()
+        error = host.cuda_error_norm(
+            whole.operands(), 4000, scratch.data_ptr(), None, ctypes.byref(decision), known, 1.0,
+            ctypes.byref(Control(order=5, max_step=math.inf)),
+        )  # fmt: skip
+        succeed(host, error)
+        assert decision.error_ratio == pytest.approx(expected, rel=1e-14)
+        assert not bits(scratch)[:2].any()
 
 
 # ---- 16-bit floats and times -----------------------------------------------------------------

@@ -21,6 +21,11 @@ struct Decision {
 
 FLASHODE_HD bool is_finite(double x) { return x - x == 0; }
 
+// The larger of two norms; a NaN is kept.
+FLASHODE_HD double larger(double so_far, double norm) {
+  return so_far == so_far && !(norm <= so_far) ? norm : so_far;
+}
+
 // Hairer, Norsett, Wanner I, II.4, steps a and b.
 FLASHODE_HD double first_guess(double d0, double d1) {
   return d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1;

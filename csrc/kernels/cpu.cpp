@@ -156,6 +156,28 @@ FLASHODE_INLINE double sum_of_squares(const T* y0, const T* y1, const Terms& ter
   return sum;
 }
 
+// total = base + w * slope over one block; total may be base.
+template <class T>
+FLASHODE_INLINE void add_scaled(T* total, const T* base, wide_t<T> w, const T* slope, int64_t n) {
+  using A = wide_t<T>;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    total[i] = narrow<T>(add_term(A(widen(base[i])), w, A(widen(slope[i]))));
+  }
+}
+
+template <class T>
+FLASHODE_INLINE void accumulate_block(const Segment& segment, double w_value, double w_error,
+                                      bool first, int64_t begin, int64_t n) {
+  using A = wide_t<T>;
+  static const T zeros[kBlock] = {};
+  const T* slope = segment.slope ? static_cast<const T*>(segment.slope) + begin : zeros;
+  add_scaled<T>(static_cast<T*>(segment.value) + begin, static_cast<const T*>(segment.base) + begin,
+                A(w_value), slope, n);
+  if (segment.error == nullptr) return;
+  T* error = static_cast<T*>(segment.error) + begin;  // the slope is in the cache now
+  add_scaled<T>(error, first ? zeros : error, A(w_error), slope, n);
+}
 
 // One clone of each entry per instruction set; the bodies above are inlined into them.
 #define FLASHODE_FOR_DTYPE(T, name)                                                              \
@@ -177,6 +199,10 @@ FLASHODE_INLINE double sum_of_squares(const T* y0, const T* y1, const Terms& ter
                                                const double* coef, const Tolerance& tol) {       \
     return sum_of_squares<T>(static_cast<const T*>(y0), static_cast<const T*>(y1), terms, coef,  \
                              tol, begin, n);                                                     \
+  }                                                                                              \
+  FLASHODE_CLONES void accumulate_##name(int64_t begin, int64_t n, const Segment& segment,       \
+                                         double w_value, double w_error, bool first) {           \
+    accumulate_block<T>(segment, w_value, w_error, first, begin, n);                             \
   }
 
 FLASHODE_FOR_DTYPE(float, f32)
@@ -257,9 +283,28 @@ double error_norm(Dtype dtype, const void* y0, const void* y1, const Terms& term
       });
       for (const double p : partial) sum += p;
     }
-    const double norm = std::sqrt(sum / double(n));
-    if (!(norm <= largest)) largest = norm;  // a NaN is kept
-    if (norm != norm) return norm;
+    largest = larger(largest, std::sqrt(sum / double(n)));
+  }
+  return largest;
+}
+
+void accumulate(Dtype dtype, const Segment* segments, int64_t count, double w_value, double w_error,
+                bool first, int threads) {
+  for (const Segment* segment = segments; segment != segments + count; ++segment) {
+    for_each_block(segment->n, 3 * segment->n, threads, [&](int64_t begin, int64_t length) {
+      FLASHODE_CALL(accumulate, dtype, begin, length, *segment, w_value, w_error, first);
+    });
+  }
+}
+
+double error_norm(Dtype dtype, const Segment* segments, int64_t count, double rtol, double atol,
+                  int threads) {
+  const double one = 1;
+  double largest = 0;
+  for (const Segment* segment = segments; segment != segments + count; ++segment) {
+    const int64_t offsets[] = {0, segment->n};
+    largest = larger(largest, error_norm(dtype, segment->base, segment->value, {1, {segment->error}},
+                                         &one, {rtol, atol}, {1, offsets}, threads));
   }
   return largest;
 }

@@ -15,6 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kUnroll = 4;          // elements that a thread works on at once: loads in flight
 constexpr int64_t kMaxBlocks = 1056;  // eight on each of the 132 multiprocessors of a Hopper part
 constexpr int kRows = 16;           // rows of coefficients that travel with one launch
+constexpr int kSegments = 64;       // segments that travel with one launch
 
 // Coefficients go by value, into the constant bank: a launch reads no host memory later.
 struct Coefficients {
@@ -118,20 +119,62 @@ __device__ double block_sum(double value) {
   return shared[0];
 }
 
-// Where the norm and the decision go, and what the decision needs.
-struct Verdict {
-  double* norm;
-  Decision* decision;
-  double dt;
-  Controller control;
+// What the norms of one verdict share; a partial sum for every block follows.
+struct Scratch {
+  unsigned int finished;  // blocks of this launch
+  double so_far;          // the largest norm of the launches before
+  __device__ double* partial() { return reinterpret_cast<double*>(this + 1); }
 };
 
-// Block (m, y) sums its share of member m (members on the axis without a small limit). The last block to finish turns the partial sums into
-// the largest root mean square, decides about the step, and leaves the counter at zero.
+// The partial sums that make up one norm, and how many elements they cover.
+struct Share {
+  int64_t begin, end, size;
+};
+
+// Takes the sum of this block. The last block to come here turns the partial sums into root mean
+// squares; share_of says which of them belong together. It keeps the largest or gives the verdict.
+template <class ShareOf>
+__device__ void finish(double sum, int64_t norms, const ShareOf& share_of, Scratch* scratch,
+                       const Verdict& verdict) {
+  __shared__ bool last;
+  double* partial = scratch->partial();
+  if (threadIdx.x == 0) {
+    partial[int64_t(blockIdx.x) * gridDim.y + blockIdx.y] = sum;
+    __threadfence();  // the sum is visible before the count says so
+    last = atomicAdd(&scratch->finished, 1u) == gridDim.x * gridDim.y - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+
+  double largest = scratch->so_far;
+  for (int64_t m = 0; m < norms; ++m) {
+    const Share share = share_of(m);
+    double sum_of_share = 0;
+    for (int64_t b = share.begin + threadIdx.x; b < share.end; b += blockDim.x) {
+      // volatile: from memory, where the other blocks' sums are, not from this block's cache.
+      sum_of_share += static_cast<volatile double*>(partial)[b];
+    }
+    const double total = block_sum(sum_of_share);
+    if (share.size > 0) largest = larger(largest, sqrt(total / double(share.size)));
+  }
+  if (threadIdx.x != 0) return;
+  const bool to_be_continued = verdict.norm == nullptr && verdict.decision == nullptr;
+  scratch->finished = 0;
+  scratch->so_far = to_be_continued ? largest : 0.0;
+  largest = larger(largest, verdict.known);
+  if (verdict.norm != nullptr) *verdict.norm = largest;
+  if (verdict.decision != nullptr) {
+    *verdict.decision = decide(largest, verdict.dt, verdict.control);
+    __threadfence_system();  // the host reads it
+  }
+}
+
+// Block (m, y) sums its share of member m (members on the axis without a small limit).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     error_norm_kernel(const T* y0, const T* y1, Terms terms, Coefficients coef, Tolerance tol,
-                      Members members, double* partial, unsigned int* finished, Verdict verdict) {
+                      Members members, Scratch* scratch, Verdict verdict) {
   const int64_t begin = members.offsets[blockIdx.x], end = members.offsets[blockIdx.x + 1];
   const int64_t stride = int64_t(gridDim.y) * blockDim.x;
   double sum = 0;
@@ -145,37 +188,90 @@ __global__ void __launch_bounds__(kThreads)
       if (strip.at(u) < end) sum += double(scaled[u]) * double(scaled[u]);
     }
   }
-  sum = block_sum(sum);
+  const auto share_of = [&](int64_t m) {
+    return Share{m * gridDim.y, (m + 1) * gridDim.y, members.offsets[m + 1] - members.offsets[m]};
+  };
+  finish(block_sum(sum), members.count, share_of, scratch, verdict);
+}
 
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    partial[int64_t(blockIdx.x) * gridDim.y + blockIdx.y] = sum;
-    __threadfence();  // the sum is visible before the count says so
-    last = atomicAdd(finished, 1u) == gridDim.x * gridDim.y - 1;
+// Segments by value, like coefficients. Each has blocks in proportion to its size: one large tensor
+// among many small ones does not give all of them a large grid.
+struct SegmentTable {
+  int count;
+  int first_block[kSegments + 1];
+  Segment of[kSegments];
+
+  __device__ int segment_of_block() const {
+    int s = 0;
+    while (int(blockIdx.x) >= first_block[s + 1]) ++s;
+    return s;
   }
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
+  // Where the strips of this thread begin, and their stride.
+  __device__ Strip first_strip(int s) const {
+    const int64_t stride = int64_t(first_block[s + 1] - first_block[s]) * blockDim.x;
+    return {of[s].n, int64_t(blockIdx.x - first_block[s]) * blockDim.x + threadIdx.x, stride};
+  }
+};
 
-  double largest = 0;
-  for (int64_t m = 0; m < members.count; ++m) {
-    double share = 0;
-    for (int64_t b = threadIdx.x; b < gridDim.y; b += blockDim.x) {
-      // volatile: from memory, where the other blocks' sums are, not from this block's cache.
-      share += static_cast<volatile double*>(partial)[m * gridDim.y + b];
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    accumulate_kernel(SegmentTable table, double w_value, double w_error, bool is_first) {
+  using A = wide_t<T>;
+  const int s = table.segment_of_block();
+  const Segment& segment = table.of[s];
+  const T* slope = static_cast<const T*>(segment.slope);
+  const T* base = static_cast<const T*>(segment.base);
+  T* value = static_cast<T*>(segment.value);
+  T* error = static_cast<T*>(segment.error);
+  for (Strip strip = table.first_strip(s); strip.first < strip.n;
+       strip.first += strip.stride * kUnroll) {
+    A k[kUnroll], value0[kUnroll], error0[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = strip.readable(u);
+      k[u] = slope ? widen(slope[i]) : A(0);
+      value0[u] = widen(base[i]);
+      error0[u] = error && !is_first ? widen(error[i]) : A(0);
     }
-    const int64_t size = members.offsets[m + 1] - members.offsets[m];
-    const double total = block_sum(share);
-    const double norm = size > 0 ? sqrt(total / double(size)) : 0.0;
-    if (largest == largest && !(norm <= largest)) largest = norm;  // a NaN is kept
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = strip.at(u);
+      if (i >= strip.n) continue;
+      value[i] = narrow<T>(add_term(value0[u], A(w_value), k[u]));
+      if (error) error[i] = narrow<T>(add_term(error0[u], A(w_error), k[u]));
+    }
   }
-  if (threadIdx.x != 0) return;
-  if (verdict.norm != nullptr) *verdict.norm = largest;
-  if (verdict.decision != nullptr) {
-    *verdict.decision = decide(largest, verdict.dt, verdict.control);
-    __threadfence_system();  // the host reads it
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    segment_norm_kernel(SegmentTable table, double rtol, double atol, Scratch* scratch,
+                        Verdict verdict) {
+  using A = wide_t<T>;
+  const int s = table.segment_of_block();
+  const Segment& segment = table.of[s];
+  const T* y0 = static_cast<const T*>(segment.base);
+  const T* y1 = static_cast<const T*>(segment.value);
+  const T* error = static_cast<const T*>(segment.error);
+  double sum = 0;
+  for (Strip strip = table.first_strip(s); strip.first < strip.n;
+       strip.first += strip.stride * kUnroll) {
+    A scaled[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = strip.readable(u);
+      scaled[u] = flashode::scaled_error<A>(widen(error[i]), widen(y0[i]), widen(y1[i]), A(rtol),
+                                            A(atol));
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (strip.at(u) < strip.n) sum += double(scaled[u]) * double(scaled[u]);
+    }
   }
-  *finished = 0;
+  const auto share_of = [&](int64_t m) {
+    return Share{table.first_block[m], table.first_block[m + 1], table.of[m].n};
+  };
+  finish(block_sum(sum), table.count, share_of, scratch, verdict);
 }
 
 int64_t blocks_for(int64_t n) {
@@ -208,6 +304,23 @@ Coefficients coefficients(const double* coef, int64_t rows, int count) {
   return packed;
 }
 
+// Calls body(table, blocks, whether it is the last) for as many tables as the segments need.
+template <class Body>
+int for_each_table(const Segment* segments, int64_t count, const Body& body) {
+  int error = cudaSuccess;
+  for (int64_t begin = 0; begin < count && error == cudaSuccess; begin += kSegments) {
+    SegmentTable table;
+    table.count = int(count - begin < kSegments ? count - begin : kSegments);
+    table.first_block[0] = 0;
+    for (int s = 0; s < table.count; ++s) {
+      table.of[s] = segments[begin + s];
+      table.first_block[s + 1] = table.first_block[s] + int(blocks_for(table.of[s].n));
+    }
+    error = body(table, dim3(unsigned(table.first_block[table.count])), begin + kSegments >= count);
+  }
+  return error;
+}
+
 }  // namespace
 
 int combine(Dtype dtype, int64_t n, const void* y0, const Terms& terms, const double* coef,
@@ -236,22 +349,44 @@ int scaled_error(Dtype dtype, int64_t n, const void* y0, const void* y1, const T
   });
 }
 
-// The counter comes first, then a partial sum for every block.
 int64_t norm_scratch_bytes(int64_t longest_member, int64_t members) {
-  return int64_t(sizeof(double)) * (1 + blocks_for(longest_member) * members);
+  return int64_t(sizeof(Scratch) + sizeof(double) * blocks_for(longest_member) * members);
+}
+
+int64_t norm_scratch_bytes(const Segment* segments, int64_t count) {
+  int64_t blocks = 0;
+  for (int64_t s = 0; s < count; ++s) blocks += blocks_for(segments[s].n);
+  return int64_t(sizeof(Scratch) + sizeof(double) * blocks);
 }
 
 int error_norm(Dtype dtype, int64_t longest_member, const void* y0, const void* y1,
                const Terms& terms, const double* coef, const Tolerance& tol,
-               const Members& members, void* scratch, double* norm, Decision* decision, double dt,
-               const Controller& control, void* stream) {
+               const Members& members, void* scratch, const Verdict& verdict, void* stream) {
   return for_dtype(dtype, [&](auto type) -> int {
     using T = decltype(type);
     const dim3 grid(unsigned(members.count), unsigned(blocks_for(longest_member)));
     return launch(error_norm_kernel<T>, grid, stream, static_cast<const T*>(y0),
                   static_cast<const T*>(y1), terms, coefficients(coef, 1, terms.count), tol,
-                  members, static_cast<double*>(scratch) + 1, static_cast<unsigned int*>(scratch),
-                  Verdict{norm, decision, dt, control});
+                  members, static_cast<Scratch*>(scratch), verdict);
+  });
+}
+
+int error_norm(Dtype dtype, const Segment* segments, int64_t count, double rtol, double atol,
+               void* scratch, const Verdict& verdict, void* stream) {
+  return for_dtype(dtype, [&](auto type) -> int {
+    return for_each_table(segments, count, [&](const SegmentTable& table, dim3 grid, bool last) {
+      return launch(segment_norm_kernel<decltype(type)>, grid, stream, table, rtol, atol,
+                    static_cast<Scratch*>(scratch), last ? verdict : Verdict());
+    });
+  });
+}
+
+int accumulate(Dtype dtype, const Segment* segments, int64_t count, double w_value, double w_error,
+               bool first, void* stream) {
+  return for_dtype(dtype, [&](auto type) -> int {
+    return for_each_table(segments, count, [&](const SegmentTable& table, dim3 grid, bool) {
+      return launch(accumulate_kernel<decltype(type)>, grid, stream, table, w_value, w_error, first);
+    });
   });
 }
 

@@ -28,6 +28,17 @@ struct Members {
   const int64_t* offsets = nullptr;  // in the memory of the device that runs the kernel
 };
 
+// One tensor that is integrated by quadrature, as gradients of parameters are: no stage needs its
+// value, so that its slopes are added up one by one and never kept. Null `slope`: zero; null
+// `error`: not wanted. `base` may be `value` itself.
+struct Segment {
+  int64_t n = 0;
+  const void* slope = nullptr;
+  const void* base = nullptr;
+  void* value = nullptr;
+  void* error = nullptr;
+};
+
 namespace cpu {
 
 // out[row] = y0 + sum_j coef[row][j] k_j for every row. Returns whether all of out is finite.
@@ -42,6 +53,14 @@ void scaled_error(Dtype, int64_t n, const void* y0, const void* y1, const Terms&
 // fixed chunks, so that the result does not depend on the number of threads.
 double error_norm(Dtype, const void* y0, const void* y1, const Terms&, const double* coef,
                   const Tolerance&, const Members&, int threads);
+
+// value = base + w_value * slope, and error = w_error * slope, added to what is there unless this
+// is the first slope of the step.
+void accumulate(Dtype, const Segment*, int64_t count, double w_value, double w_error, bool first,
+                int threads);
+
+// Largest over segments of the root mean square of their scaled error, from base to value.
+double error_norm(Dtype, const Segment*, int64_t count, double rtol, double atol, int threads);
 
 }  // namespace cpu
 
@@ -60,14 +79,30 @@ int combine(Dtype, int64_t n, const void* y0, const Terms&, const double* coef, 
 int scaled_error(Dtype, int64_t n, const void* y0, const void* y1, const Terms&,
                  const double* coef, const Tolerance&, void* out, void* stream);
 
-// Scratch for error_norm: `partials` doubles on the device and a zeroed counter.
-int64_t norm_scratch_bytes(int64_t longest_member, int64_t members);
+// Where a norm goes, and what control makes of it, each where it is not null; both may lie in
+// pinned host memory. `known` is a norm that the host has taken already: the larger one counts.
+struct Verdict {
+  double* norm = nullptr;
+  Decision* decision = nullptr;
+  double known = 0;
+  double dt = 1;
+  Controller control;
+};
 
-// Writes the norm to *norm; with `decision`, also what control makes of it. Both may lie in
-// pinned host memory. The scratch must be zero before the first call and is left so.
+// Scratch for error_norm on the device. It must be zero before the first call.
+int64_t norm_scratch_bytes(int64_t longest_member, int64_t members);
+int64_t norm_scratch_bytes(const Segment*, int64_t count);
+
+// The norms of several calls with one scratch make one verdict: a call whose verdict has nowhere to
+// go leaves the largest norm so far in the scratch, the others take it and leave the scratch zero.
 int error_norm(Dtype, int64_t longest_member, const void* y0, const void* y1, const Terms&,
-               const double* coef, const Tolerance&, const Members&, void* scratch, double* norm,
-               Decision* decision, double dt, const Controller&, void* stream);
+               const double* coef, const Tolerance&, const Members&, void* scratch,
+               const Verdict&, void* stream);
+int error_norm(Dtype, const Segment*, int64_t count, double rtol, double atol, void* scratch,
+               const Verdict&, void* stream);
+
+int accumulate(Dtype, const Segment*, int64_t count, double w_value, double w_error, bool first,
+               void* stream);
 
 // Pinned host memory for one Decision, one cell per thread of the process.
 int host_cell(Decision** cell);

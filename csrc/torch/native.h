@@ -34,24 +34,50 @@ bool run_combine(const at::Tensor& y0, const Terms& k, const double* coef, int64
 at::Tensor run_scaled_error(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
                             const double* coef, const Tolerances& tol);
 
+// Adds one slope to tensors that are integrated by quadrature, as gradients of parameters are:
+// value = base + w_value * slope and error = w_error * slope for the `first` slope of a step, and
+// value += w_value * slope, error += w_error * slope for those after it. An undefined slope is
+// zero. `error` may be empty: not wanted. Dtypes may differ between the tensors.
+void run_accumulate(const std::vector<at::Tensor>& slope, const std::vector<at::Tensor>& base,
+                    const std::vector<at::Tensor>& value, const std::vector<at::Tensor>& error,
+                    double w_value, double w_error, bool first);
+
+// A flat state over one step, with the error sum_j coef_j k_j.
+struct Change {
+  const at::Tensor &y0, &y1;
+  const Terms& k;
+  const double* coef;
+  const Tolerances& tol;
+};
+
+// Tensors integrated by quadrature over one step, and the errors that run_accumulate left.
+struct Quadrature {
+  const std::vector<at::Tensor> &base, &value, &error;
+  double rtol, atol;
+};
+
 // Norms of one solve or one call: keeps the scratch memory of a GPU between steps.
 class Norm {
  public:
+  // Every flat state has its members at these offsets.
   explicit Norm(std::vector<int64_t> offsets);
 
-  // On a GPU this waits for the device: the one wait of an adaptive step.
-  Decision decide(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
-                  const double* coef, const Tolerances& tol, double dt, const Controller& control);
+  // What control makes of the largest norm of all members of the states, of all tensors of the
+  // quadrature, and of `known`. On a GPU this waits for the device: the one wait of an adaptive step.
+  Decision decide(at::ArrayRef<Change> states, const Quadrature* quadrature, double known,
+                  double dt, const Controller& control);
+  Decision decide(const at::Tensor& y0, const at::Tensor& y1, const Terms& k, const double* coef,
+                  const Tolerances& tol, double dt, const Controller& control) {
+    return decide(Change{y0, y1, k, coef, tol}, nullptr, 0, dt, control);
+  }
 
   // Leaves the norm on the device, without waiting.
-  at::Tensor compute(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
-                     const double* coef, const Tolerances& tol);
+  at::Tensor compute(const Change& state);
 
  private:
   Members members() const;
-  void launch(const at::Tensor& y0, const at::Tensor& y1, const Terms& k, const double* coef,
-              const Tolerances& tol, double* norm, Decision* decision, double dt,
-              const Controller& control);
+  void launch(at::ArrayRef<Change> states, const Quadrature* quadrature,
+              const cuda::Verdict& verdict);
 
   std::vector<int64_t> offsets_;
   int64_t longest_ = 0;

@@ -19,6 +19,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 
 namespace flashode {
 
@@ -100,6 +101,55 @@ at::Tensor run_scaled_error(const at::Tensor& y0, const at::Tensor& y1, const Te
   no_device(y0);
 }
 
+namespace {
+
+// Segments by dtype: the index is that of the enumerator.
+using SegmentTables = std::array<std::vector<Segment>, 4>;
+
+// Tensors with no elements are left out; `slope` and `error` may be empty.
+SegmentTables segments_of(const std::vector<at::Tensor>& slope, const std::vector<at::Tensor>& base,
+                          const std::vector<at::Tensor>& value,
+                          const std::vector<at::Tensor>& error) {
+  SegmentTables tables;
+  for (size_t i = 0; i < value.size(); ++i) {
+    Segment segment{value[i].numel()};
+    if (segment.n == 0) continue;
+    if (!slope.empty() && slope[i].defined()) segment.slope = slope[i].const_data_ptr();
+    segment.base = base[i].const_data_ptr();
+    segment.value = value[i].mutable_data_ptr();
+    if (!error.empty()) segment.error = error[i].mutable_data_ptr();
+    tables[size_t(dtype_of(value[i]))].push_back(segment);
+  }
+  return tables;
+}
+
+}  // namespace
+
+void run_accumulate(const std::vector<at::Tensor>& slope, const std::vector<at::Tensor>& base,
+                    const std::vector<at::Tensor>& value, const std::vector<at::Tensor>& error,
+                    double w_value, double w_error, bool first) {
+  const SegmentTables tables = segments_of(slope, first ? base : value, value, error);
+  for (size_t dtype = 0; dtype < tables.size(); ++dtype) {
+    const std::vector<Segment>& table = tables[dtype];
+    if (table.empty()) continue;
+    const at::Tensor& like = value.front();
+    if (like.is_cpu()) {
+      cpu::accumulate(Dtype(dtype), table.data(), int64_t(table.size()), w_value, w_error, first,
+                      at::get_num_threads());
+      continue;
+    }
+#ifdef FLASHODE_WITH_CUDA
+    if (like.is_cuda()) {
+      check_cuda(cuda::use_device(like.get_device()));
+      check_cuda(cuda::accumulate(Dtype(dtype), table.data(), int64_t(table.size()), w_value,
+                                  w_error, first, current_stream(like.device())));
+      continue;
+    }
+#endif
+    no_device(like);
+  }
+}
+
 Norm::Norm(std::vector<int64_t> offsets) : offsets_(std::move(offsets)) {
   for (size_t m = 1; m < offsets_.size(); ++m) {
     longest_ = std::max(longest_, offsets_[m] - offsets_[m - 1]);
@@ -109,58 +159,89 @@ Norm::Norm(std::vector<int64_t> offsets) : offsets_(std::move(offsets)) {
 Members Norm::members() const { return {int64_t(offsets_.size()) - 1, offsets_.data()}; }
 
 #ifdef FLASHODE_WITH_CUDA
-void Norm::launch(const at::Tensor& y0, const at::Tensor& y1, const Terms& k, const double* coef,
-                  const Tolerances& tol, double* norm, Decision* decision, double dt,
-                  const Controller& control) {
-  check_cuda(cuda::use_device(y0.get_device()));
-  if (!scratch_.defined()) {
-    const int64_t bytes = cuda::norm_scratch_bytes(longest_, int64_t(offsets_.size()) - 1);
-    scratch_ = at::zeros({bytes}, y0.options().dtype(at::kByte));
-    device_offsets_ = at::tensor(at::ArrayRef<int64_t>(offsets_), at::kLong).to(y0.device());
+// All parts queued one after the other; the last one gives the verdict on the largest.
+void Norm::launch(at::ArrayRef<Change> states, const Quadrature* quadrature,
+                  const cuda::Verdict& verdict) {
+  const at::Tensor& like = states.front().y0;
+  const SegmentTables tables =
+      quadrature ? segments_of({}, quadrature->base, quadrature->value, quadrature->error)
+                 : SegmentTables();
+  check_cuda(cuda::use_device(like.get_device()));
+  int64_t bytes = cuda::norm_scratch_bytes(longest_, members().count), parts = states.size();
+  for (const auto& table : tables) {
+    if (table.empty()) continue;
+    bytes = std::max(bytes, cuda::norm_scratch_bytes(table.data(), int64_t(table.size())));
+    ++parts;
+  }
+  if (!scratch_.defined() || scratch_.numel() < bytes) {
+    scratch_ = at::zeros({bytes}, like.options().dtype(at::kByte));
+    device_offsets_ = at::tensor(at::ArrayRef<int64_t>(offsets_), at::kLong).to(like.device());
   }
   const Members on_device{members().count, device_offsets_.const_data_ptr<int64_t>()};
-  check_cuda(cuda::error_norm(dtype_of(y0), longest_, y0.const_data_ptr(), y1.const_data_ptr(), k,
-                              coef, tolerance_of(tol), on_device, scratch_.mutable_data_ptr(),
-                              norm, decision, dt, control, current_stream(y0.device())));
+  void* const scratch = scratch_.mutable_data_ptr();
+  void* const stream = current_stream(like.device());
+  const auto next_verdict = [&] { return --parts == 0 ? verdict : cuda::Verdict(); };
+  for (const Change& state : states) {
+    check_cuda(cuda::error_norm(dtype_of(state.y0), longest_, state.y0.const_data_ptr(),
+                                state.y1.const_data_ptr(), state.k, state.coef,
+                                tolerance_of(state.tol), on_device, scratch, next_verdict(), stream));
+  }
+  for (size_t dtype = 0; dtype < tables.size(); ++dtype) {
+    if (tables[dtype].empty()) continue;
+    check_cuda(cuda::error_norm(Dtype(dtype), tables[dtype].data(), int64_t(tables[dtype].size()),
+                                quadrature->rtol, quadrature->atol, scratch, next_verdict(), stream));
+  }
 }
 #endif
 
-Decision Norm::decide(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
-                      const double* coef, const Tolerances& tol, double dt,
-                      const Controller& control) {
-  if (y0.is_cpu()) {
-    const double norm =
-        cpu::error_norm(dtype_of(y0), y0.const_data_ptr(), y1.const_data_ptr(), k, coef,
-                        tolerance_of(tol), members(), at::get_num_threads());
+Decision Norm::decide(at::ArrayRef<Change> states, const Quadrature* quadrature, double known,
+                      double dt, const Controller& control) {
+  const at::Tensor& like = states.front().y0;
+  if (like.is_cpu()) {
+    const int threads = at::get_num_threads();
+    double norm = larger(0, known);
+    for (const Change& state : states) {
+      norm = larger(norm, cpu::error_norm(dtype_of(state.y0), state.y0.const_data_ptr(),
+                                          state.y1.const_data_ptr(), state.k, state.coef,
+                                          tolerance_of(state.tol), members(), threads));
+    }
+    if (quadrature) {
+      const SegmentTables tables =
+          segments_of({}, quadrature->base, quadrature->value, quadrature->error);
+      for (size_t dtype = 0; dtype < tables.size(); ++dtype) {
+        norm = larger(norm, cpu::error_norm(Dtype(dtype), tables[dtype].data(),
+                                            int64_t(tables[dtype].size()), quadrature->rtol,
+                                            quadrature->atol, threads));
+      }
+    }
     return flashode::decide(norm, dt, control);
   }
 #ifdef FLASHODE_WITH_CUDA
-  if (y0.is_cuda()) {
+  if (like.is_cuda()) {
     Decision* cell = nullptr;
-    check_cuda(cuda::use_device(y0.get_device()));
+    check_cuda(cuda::use_device(like.get_device()));
     check_cuda(cuda::host_cell(&cell));
-    launch(y0, y1, k, coef, tol, nullptr, cell, dt, control);
-    check_cuda(cuda::wait(current_stream(y0.device())));
+    launch(states, quadrature, {nullptr, cell, known, dt, control});
+    check_cuda(cuda::wait(current_stream(like.device())));
     return *cell;
   }
 #endif
-  no_device(y0);
+  no_device(like);
 }
 
-at::Tensor Norm::compute(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
-                         const double* coef, const Tolerances& tol) {
-  at::Tensor out = at::empty({}, y0.options().dtype(at::kDouble));
-  if (y0.is_cpu()) {
-    *out.mutable_data_ptr<double>() = decide(y0, y1, k, coef, tol, 1, Controller()).error_ratio;
+at::Tensor Norm::compute(const Change& state) {
+  at::Tensor out = at::empty({}, state.y0.options().dtype(at::kDouble));
+  if (state.y0.is_cpu()) {
+    *out.mutable_data_ptr<double>() = decide(state, nullptr, 0, 1, Controller()).error_ratio;
     return out;
   }
 #ifdef FLASHODE_WITH_CUDA
-  if (y0.is_cuda()) {
-    launch(y0, y1, k, coef, tol, out.mutable_data_ptr<double>(), nullptr, 1, Controller());
+  if (state.y0.is_cuda()) {
+    launch(state, nullptr, {out.mutable_data_ptr<double>()});
     return out;
   }
 #endif
-  no_device(y0);
+  no_device(state.y0);
 }
 
 // ---- the registered operations -------------------------------------------------------------
@@ -249,8 +330,8 @@ at::Tensor error_norm_op(const at::Tensor& y0, const at::Tensor& y1, at::TensorL
                     "error_norm: offsets must rise from 0 to ", y0.numel(), ", got ", offsets);
   const c10::OptionalDeviceGuard guard(y0.device());
   return Norm(offsets.vec())
-      .compute(args.y0, args.y1, terms_of(args.k), args.coef.const_data_ptr<double>(),
-               tolerances("error_norm", y0, rtol, atol));
+      .compute({args.y0, args.y1, terms_of(args.k), args.coef.const_data_ptr<double>(),
+                tolerances("error_norm", y0, rtol, atol)});
 }
 
 // combine is linear in y0 and in every slope, and bilinear in slopes and coefficients:

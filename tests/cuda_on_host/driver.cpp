@@ -16,6 +16,7 @@ struct Operands {
   double rtol, atol;
   const void *each_rtol, *each_atol;
   const int64_t* offsets;
+  const Segment* segments;  // of the quadrature: `rows` of them
 
   Dtype type() const { return Dtype(dtype); }
   Terms terms() const {
@@ -92,13 +93,31 @@ int64_t norm_scratch_bytes(int64_t longest, int64_t members) {
   return cuda::norm_scratch_bytes(longest, members);
 }
 int cuda_error_norm(const Operands& a, int64_t longest, void* scratch, double* norm,
-                    Decision* decision, double dt, const Control& control) {
+                    Decision* decision, double known, double dt, const Control& control) {
   return cuda::error_norm(a.type(), longest, a.y0, a.y1, a.terms(), a.coef, a.tolerance(),
-                          a.split(), scratch, norm, decision, dt, control, nullptr);
+                          a.split(), scratch, {norm, decision, known, dt, control}, nullptr);
 }
 double cpu_error_norm(const Operands& a) {
   return cpu::error_norm(a.type(), a.y0, a.y1, a.terms(), a.coef, a.tolerance(), a.split(), 1);
 }
+
+int cuda_accumulate(const Operands& a, double w_value, double w_error, bool first) {
+  return cuda::accumulate(a.type(), a.segments, a.rows, w_value, w_error, first, nullptr);
+}
+void cpu_accumulate(const Operands& a, double w_value, double w_error, bool first) {
+  cpu::accumulate(a.type(), a.segments, a.rows, w_value, w_error, first, 1);
+}
+int64_t segment_scratch_bytes(const Operands& a) {
+  return cuda::norm_scratch_bytes(a.segments, a.rows);
+}
+int cuda_segment_norm(const Operands& a, void* scratch, double* norm, double known) {
+  return cuda::error_norm(a.type(), a.segments, a.rows, a.rtol, a.atol, scratch,
+                          {norm, nullptr, known}, nullptr);
+}
+double cpu_segment_norm(const Operands& a) {
+  return cpu::error_norm(a.type(), a.segments, a.rows, a.rtol, a.atol, 1);
+}
+
 void decision_of(double norm, double dt, const Control& control, Decision* decision) {
   *decision = decide(norm, dt, control);
 }
