@@ -358,7 +358,9 @@ def test_a_failing_backward_solve_says_where(engine):
             return -self.w * y
 
     ys = flashode.odeint_adjoint(Touchy(), torch.ones(1), torch.tensor([0.0, 2.0]), engine=engine)
-    with pytest.raises(flashode.SolveError, match="vector-Jacobian product of func has non-finite values") as caught:
+    with pytest.raises(
+        flashode.SolveError, match="vector-Jacobian product of func has non-finite values"
+    ) as caught:
         ys[-1].sum().backward()
     assert caught.value.t == 2.0
 

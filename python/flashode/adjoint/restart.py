@@ -18,7 +18,7 @@ def sweep(record: Record, grad_ys, moved):
     """From the last output back to the first: ``vjp_t`` (0 unless asked for), to the state and to
     the parameters. ``moved`` is the gradient of every output in its own time, or None."""
     problem, t, ys = record.problem, record.t, record.ys
-    field = _AugmentedField(problem, record.params, moved is not None)
+    field = _AugmentedField(problem, record.params)
     vjp_t = torch.zeros((), dtype=ys.dtype, device=ys.device)
     adj_y, adj_params = grad_ys[-1], [torch.zeros_like(p) for p in record.params]
     for i in range(len(t) - 1, 0, -1):
@@ -33,8 +33,8 @@ def sweep(record: Record, grad_ys, moved):
 class _AugmentedField:
     """The slope of ``(vjp_t, y, adj_y, *adj_params)``, with y and adj_y split like the state."""
 
-    def __init__(self, problem: Problem, params, needs_t: bool):
-        self.p, self.params, self.needs_t = problem, list(params), needs_t
+    def __init__(self, problem: Problem, params):
+        self.p, self.params = problem, list(params)
         self.members = 1 if problem.shapes is None else len(problem.shapes)
         for name in CALLBACKS:
             callback = getattr(problem.func, name + "_adjoint", None)
@@ -58,20 +58,20 @@ class _AugmentedField:
     def __call__(self, t, augmented):
         vjp_t, ys, adj_ys, _ = self.take_apart(augmented)
         with torch.enable_grad():
-            t = t.detach().requires_grad_(self.needs_t)
+            # parity: vjp_t takes part in step-size control whether or not anyone wants it.
+            t = t.detach().requires_grad_()
             ys = [y.detach().requires_grad_() for y in ys]
             value = self.p.func(t, ys[0] if self.p.shapes is None else tuple(ys), *self.p.args)
             slopes = self.split(self.p.slope(value))
-            inputs = [*ys, *self.params] + ([t] if self.needs_t else [])
+            inputs = [*ys, *self.params, t]
             # A member of the slope that depends on none of the inputs has no graph.
             reached = [(s, -a) for s, a in zip(slopes, adj_ys) if s.requires_grad]
             grads = [None] * len(inputs)
             if reached:
                 outputs, cotangents = zip(*reached)
-                grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+                grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
-        vjp_t = grads.pop().to(vjp_t.dtype) if self.needs_t else torch.zeros_like(vjp_t)
-        return (vjp_t, *(s.detach() for s in slopes), *grads)
+        return (grads.pop().to(vjp_t.dtype), *(s.detach() for s in slopes), *grads)
 
 
 def _solve_back(field: _AugmentedField, spec: AdjointSpec, t, vjp_t, y, adj_y, adj_params):

@@ -87,7 +87,7 @@ class Sweep:
         inputs = [y] + ([time] if g.needs_t else []) + (list(g.params) if with_params else [])
         products = [None] * len(inputs)
         if f.requires_grad:
-            products = list(torch.autograd.grad(f, inputs, adj, allow_unused=True))
+            products = list(torch.autograd.grad(f, inputs, adj, retain_graph=True, allow_unused=True))
         of_y = torch.zeros_like(y) if products[0] is None else products[0]
         of_t = products[1] if g.needs_t else None
         of_params = products[1 + g.needs_t :] if with_params else [None] * len(g.params)
