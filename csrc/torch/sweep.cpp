@@ -380,6 +380,7 @@ void Sweep::adaptive_step() {
     error_ratio_ = decision.error_ratio;
     dt_ = decision.next_dt;
     if (decision.accepted) break;
+    last_ = {};  // its products are as large as all parameters
     ++rejected_;
     report(on_reject_, dt);
     if (!is_finite(error_ratio_) &&

@@ -82,27 +82,49 @@ def odeint_adjoint(
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
     adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto",
 ):  # fmt: skip
-    """`odeint` whose gradients come from a solve of the adjoint equation backwards in time.
+    """`odeint` whose backward pass is a solve of its own, in place of a graph of every step.
 
-    Memory does not grow with the number of steps, only with the number of outputs; gradients are
-    right to the tolerances of the backward solve, and can be wrong where rebuilding the state
-    backwards is unstable. ``func`` must not change between the solve and its backward pass.
+    Three of them, by ``adjoint`` (docs/gradients.md says when to take which):
+
+    - ``"backsolve"``, torchdiffeq's meaning and the default: the continuous adjoint, with the state
+      rebuilt backwards along with it. Memory does not grow with the number of steps. Gradients are
+      right to the tolerances of the backward solve where the problem can be solved backwards, and a
+      warning says where it cannot.
+    - ``"interpolated"``: the same along the dense output of the forward solve, which is kept.
+    - ``"checkpoint"``: keeps the accepted steps' states and replays the steps. Gradients are those
+      of `odeint`, to rounding. Memory grows with the number of steps as the state does, not as the
+      graph of ``func`` does, and ``checkpoints`` bounds it.
+
+    ``func`` must not change between the solve and its backward pass, nor depend on chance.
 
     Args:
         func, y0, t, rtol, atol, method, options, event_fn, engine: as for `odeint`.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: the same for the backward
             solve; those of the forward solve by default. ``adjoint_options["norm"]`` may be
             ``"seminorm"``, which leaves the parameters' gradients out of step-size control, or a
-            callable that is given the tuple ``(t, y, adj_y, *adj_params)``.
+            callable that is given the tuple ``(t, y, adj_y, *adj_params)``;
+            ``adjoint_options["restart"]`` makes torchdiffeq's calls: a fresh start at every output.
+            Of no effect with ``"checkpoint"``.
         adjoint_params: tensors that get gradients; by default the parameters of ``func``, which
-            must then be an ``nn.Module``.
+            must then be an ``nn.Module``. Others that ``func`` reaches draw a warning.
+        adjoint: the backward pass, as above.
+        checkpoints: most states that ``"checkpoint"`` holds at a time, at least 1; steps between
+            them are solved again. None for all.
+        args: tuple of further arguments of ``func``; Tensors anywhere in it get gradients.
 
     Returns:
         As `odeint`. With ``event_fn`` the event's time carries no gradient.
 
     Raises:
         As `odeint`, in the backward pass too; ArgumentError when ``func`` is not a Module and
-        ``adjoint_params`` is missing.
+        ``adjoint_params`` is missing. RuntimeError where the gradients are differentiated again.
+
+    Example:
+        >>> w = torch.ones((), requires_grad=True)
+        >>> y = odeint_adjoint(lambda t, y: -w * y, torch.ones(1), torch.tensor([0.0, 1.0]), adjoint_params=w)
+        >>> y[-1].sum().backward()
+        >>> round(w.grad.item(), 4)
+        -0.3679
     """
     params = collect_params(func, adjoint_params, args)
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
