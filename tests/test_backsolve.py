@@ -173,6 +173,17 @@ def test_a_state_that_cannot_be_rebuilt_backwards_draws_a_warning(engine):
         ys[-1].sum().backward()
 
 
+def test_so_does_one_at_loose_tolerances(engine):
+    """exp(-50) is nothing beside the tolerance: what is rebuilt from it is not where it began."""
+    y0 = torch.ones(1, dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 1.0], dtype=F64)
+    ys = flashode.odeint_adjoint(
+        lambda t, y: -50 * y, y0, t, rtol=1e-3, atol=1e-3, adjoint_params=(), engine=engine
+    )
+    with pytest.warns(UserWarning, match="rebuilt backwards"):
+        ys[-1].sum().backward()
+
+
 def test_a_problem_that_can_draws_none(engine):
     """The suite makes errors of warnings."""
     for n in (2, 50):
