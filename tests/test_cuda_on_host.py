@@ -195,7 +195,7 @@ class Case:
         uniform = {name: getattr(self, name) for name in ("rtol", "atol") if f"each_{name}" not in each}
         operands = Operands(
             dtype=DTYPES.index(self.dtype), count=len(self.k), n=self.n, rows=self.rows,
-            members=len(self.sizes), y0=self.y0.data_ptr(), y1=self.y1.data_ptr(),
+            members=len(self.sizes), y0=None if self.y0 is None else self.y0.data_ptr(), y1=self.y1.data_ptr(),
             k=ctypes.cast(pointers, c_void_p), coef=self.coef.data_ptr(),
             offsets=self.offsets.data_ptr(), **each, **uniform,
         )  # fmt: skip
@@ -212,7 +212,8 @@ class Case:
         return totals
 
     def combined(self):
-        return (self.y0.to(wide(self.dtype)) + self.weighted_sums()).to(self.dtype).flatten()
+        y0 = torch.zeros(()) if self.y0 is None else self.y0
+        return (y0.to(wide(self.dtype)) + self.weighted_sums()).to(self.dtype).flatten()
 
     def scaled_error(self):
         y0, y1 = self.y0.to(wide(self.dtype)), self.y1.to(wide(self.dtype))
@@ -230,15 +231,31 @@ class Case:
 @by_dtype
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("rows", [1, 3, 40])  # 16 travel with a launch
-def test_combine_has_the_same_bits_everywhere(host, dtype, n, rows):
+@pytest.mark.parametrize("from_zero", [False, True], ids=["from y0", "from zero"])
+def test_combine_has_the_same_bits_everywhere(host, dtype, n, rows, from_zero):
     for count in [*range(18), MAX_TERMS]:
         case = Case(dtype, n, count, rows)
+        if from_zero:
+            case.y0 = None
         expected, on_cpu, on_gpu = case.combined(), Target(dtype, rows * n), Target(dtype, rows * n)
         host.schedule(count, MAX_BLOCKS[count % 3])
         succeed(host, host.cuda_combine(case.operands(), on_gpu.address, None, 0))
         host.cpu_combine(case.operands(), on_cpu.address)
         assert torch.equal(bits(on_cpu.written()), bits(expected))
         assert torch.equal(bits(on_gpu.written()), bits(expected))
+
+
+@by_dtype
+def test_combine_may_write_over_y0(host, dtype):
+    for combine in (
+        lambda case: host.cpu_combine(case.operands(), case.y0.data_ptr()),
+        lambda case: host.cuda_combine(case.operands(), case.y0.data_ptr(), None, 0),
+    ):
+        case = Case(dtype, 1000, 5)
+        expected = case.combined()
+        host.schedule(0, 3)
+        combine(case)
+        assert torch.equal(bits(case.y0), bits(expected))
 
 
 @by_dtype

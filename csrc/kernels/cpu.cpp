@@ -93,12 +93,13 @@ FLASHODE_INLINE bool combine_block(const T* y0, const Terms& terms, const double
   using A = wide_t<T>;
   alignas(64) A total[kTile];
   alignas(64) T tile[kTile];
+  static const T nothing[kTile] = {};
   A zero = 0;
   for (const int64_t end = begin + n; begin < end; begin += kTile) {
     const int64_t m = std::min(kTile, end - begin);
     weighted_sum<T>(total, terms, coef, begin, m);
-    const T* __restrict y = y0 + begin;
-    T* __restrict result = stream ? tile : out + begin;
+    const T* y = y0 ? y0 + begin : nothing;
+    T* result = stream ? tile : out + begin;
     // x - x is 0 for finite x and NaN otherwise; NaN survives the sum.
 #pragma omp simd reduction(+ : zero)
     for (int64_t i = 0; i < m; ++i) {

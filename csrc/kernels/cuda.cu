@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads)
       weighted_sum<T>(total, terms, coef.of + row * kMaxTerms, strip);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const T y1 = narrow<T>(widen(y0[strip.readable(u)]) + total[u]);
+        const A start = y0 ? widen(y0[strip.readable(u)]) : A(0);
+        const T y1 = narrow<T>(start + total[u]);
         if (strip.at(u) < n) out[row * n + strip.at(u)] = y1;
       }
     }

@@ -41,7 +41,8 @@ struct Segment {
 
 namespace cpu {
 
-// out[row] = y0 + sum_j coef[row][j] k_j for every row. Returns whether all of out is finite.
+// out[row] = y0 + sum_j coef[row][j] k_j for every row; a null y0 is zero, and a single row may be
+// written over y0. Returns whether all of out is finite.
 bool combine(Dtype, int64_t n, const void* y0, const Terms&, const double* coef, int64_t rows,
              void* out, int threads);
 

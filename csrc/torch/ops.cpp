@@ -64,21 +64,22 @@ void check_cuda(int error) {
 
 bool run_combine(const at::Tensor& y0, const Terms& k, const double* coef, int64_t rows,
                  const at::Tensor& out, const TimeTarget& time) {
-  const int64_t n = y0.numel();
-  if (y0.is_cpu()) {
-    return cpu::combine(dtype_of(y0), n, y0.const_data_ptr(), k, coef, rows,
-                        out.mutable_data_ptr(), at::get_num_threads());
+  const int64_t n = rows == 0 ? 0 : out.numel() / rows;
+  const void* const from = y0.defined() ? y0.const_data_ptr() : nullptr;
+  if (out.is_cpu()) {
+    return cpu::combine(dtype_of(out), n, from, k, coef, rows, out.mutable_data_ptr(),
+                        at::get_num_threads());
   }
 #ifdef FLASHODE_WITH_CUDA
-  if (y0.is_cuda()) {
-    check_cuda(cuda::use_device(y0.get_device()));
+  if (out.is_cuda()) {
+    check_cuda(cuda::use_device(out.get_device()));
     const cuda::Clock clock{time.t.defined() ? time.t.mutable_data_ptr() : nullptr, time.value};
-    check_cuda(cuda::combine(dtype_of(y0), n, y0.const_data_ptr(), k, coef, rows,
-                             out.mutable_data_ptr(), clock, current_stream(y0.device())));
+    check_cuda(cuda::combine(dtype_of(out), n, from, k, coef, rows, out.mutable_data_ptr(), clock,
+                             current_stream(out.device())));
     return true;
   }
 #endif
-  no_device(y0);
+  no_device(out);
 }
 
 at::Tensor run_scaled_error(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
