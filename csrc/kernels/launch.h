@@ -55,6 +55,9 @@ void scaled_error(Dtype, int64_t n, const void* y0, const void* y1, const Terms&
 double error_norm(Dtype, const void* y0, const void* y1, const Terms&, const double* coef,
                   const Tolerance&, const Members&, int threads);
 
+// out[row][j] = <g_row, k_j>, the g_row one after the other; summed like the norm.
+void inner(Dtype, int64_t n, const void* g, int64_t rows, const Terms&, double* out, int threads);
+
 // value = base + w_value * slope, and error = w_error * slope, added to what is there unless this
 // is the first slope of the step.
 void accumulate(Dtype, const Segment*, int64_t count, double w_value, double w_error, bool first,
@@ -101,6 +104,10 @@ int error_norm(Dtype, int64_t longest_member, const void* y0, const void* y1, co
                const Verdict&, void* stream);
 int error_norm(Dtype, const Segment*, int64_t count, double rtol, double atol, void* scratch,
                const Verdict&, void* stream);
+
+int64_t inner_scratch_bytes(int64_t n, int64_t rows, int terms);
+int inner(Dtype, int64_t n, const void* g, int64_t rows, const Terms&, double* out, void* scratch,
+          void* stream);
 
 int accumulate(Dtype, const Segment*, int64_t count, double w_value, double w_error, bool first,
                void* stream);
