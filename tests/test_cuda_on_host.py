@@ -105,6 +105,10 @@ def host(tmp_path_factory):
     library.cpu_combine.argtypes = c_void_p, c_void_p
     library.cuda_scaled_error.argtypes = c_void_p, c_void_p
     library.cpu_scaled_error.argtypes = c_void_p, c_void_p
+    library.inner_scratch_bytes.argtypes = (c_void_p,)
+    library.inner_scratch_bytes.restype = c_int64
+    library.cuda_inner.argtypes = (c_void_p,) * 4
+    library.cpu_inner.argtypes = (c_void_p,) * 3
     library.norm_scratch_bytes.argtypes = c_int64, c_int64
     library.norm_scratch_bytes.restype = c_int64
     library.cuda_error_norm.argtypes = c_void_p, c_int64, *[c_void_p] * 3, c_double, c_double, c_void_p
@@ -277,6 +281,34 @@ def test_not_finite_elements_stay_where_they_are(host, dtype):
     succeed(host, host.cuda_combine(case.operands(), out.address, None, 0))
     assert torch.equal(out.written().isnan(), case.combined().isnan())
     assert torch.equal(out.written().nan_to_num(), case.combined().nan_to_num())
+
+
+# ---- inner products ------------------------------------------------------------------------
+
+
+@by_dtype
+@pytest.mark.parametrize("n", [0, *SIZES])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_inner_products_of_rows_and_slopes(host, dtype, n, rows):
+    """To a few roundings of double, whatever the order of the blocks."""
+    for count in (1, 7, MAX_TERMS):
+        case, g = Case(dtype, n, count, rows), state(rows * n, dtype)
+        on_cpu = Target(torch.float64, rows * count)
+        host.cpu_inner(case.operands(), g.data_ptr(), on_cpu.address)
+        results = []
+        for seed in range(2):
+            host.schedule(seed, MAX_BLOCKS[count % 3])
+            doubles = host.inner_scratch_bytes(case.operands()) // 8
+            scratch = guarded(torch.full((doubles,), math.nan, dtype=torch.float64))
+            on_gpu = Target(torch.float64, rows * count)
+            error = host.cuda_inner(case.operands(), g.data_ptr(), on_gpu.address, scratch.data_ptr())
+            succeed(host, error)
+            results.append(on_gpu.written())
+        assert torch.equal(*results)
+        products = g.double().view(rows, 1, n) * torch.stack(case.k).double()
+        scale = products.abs().sum(-1).flatten() * 1e-14
+        for result in (on_cpu.written(), results[0]):
+            assert ((result - products.sum(-1).flatten()).abs() <= scale).all()
 
 
 # ---- errors ----------------------------------------------------------------------------------
