@@ -105,6 +105,10 @@ def host(tmp_path_factory):
     library.cpu_combine.argtypes = c_void_p, c_void_p
     library.cuda_scaled_error.argtypes = c_void_p, c_void_p
     library.cpu_scaled_error.argtypes = c_void_p, c_void_p
+    library.inner_scratch_bytes.argtypes = (c_void_p,)
+    library.inner_scratch_bytes.restype = c_int64
+    library.cuda_inner.argtypes = (c_void_p,) * 4
+    library.cpu_inner.argtypes = (c_void_p,) * 3
     library.norm_scratch_bytes.argtypes = c_int64, c_int64
     library.norm_scratch_bytes.restype = c_int64
     library.cuda_error_norm.argtypes = c_void_p, c_int64, *[c_void_p] * 3, c_double, c_double, c_void_p
@@ -195,7 +199,7 @@ class Case:
         uniform = {name: getattr(self, name) for name in ("rtol", "atol") if f"each_{name}" not in each}
         operands = Operands(
             dtype=DTYPES.index(self.dtype), count=len(self.k), n=self.n, rows=self.rows,
-            members=len(self.sizes), y0=self.y0.data_ptr(), y1=self.y1.data_ptr(),
+            members=len(self.sizes), y0=None if self.y0 is None else self.y0.data_ptr(), y1=self.y1.data_ptr(),
             k=ctypes.cast(pointers, c_void_p), coef=self.coef.data_ptr(),
             offsets=self.offsets.data_ptr(), **each, **uniform,
         )  # fmt: skip
@@ -212,7 +216,8 @@ class Case:
         return totals
 
     def combined(self):
-        return (self.y0.to(wide(self.dtype)) + self.weighted_sums()).to(self.dtype).flatten()
+        y0 = torch.zeros(()) if self.y0 is None else self.y0
+        return (y0.to(wide(self.dtype)) + self.weighted_sums()).to(self.dtype).flatten()
 
     def scaled_error(self):
         y0, y1 = self.y0.to(wide(self.dtype)), self.y1.to(wide(self.dtype))
@@ -230,15 +235,31 @@ class Case:
 @by_dtype
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("rows", [1, 3, 40])  # 16 travel with a launch
-def test_combine_has_the_same_bits_everywhere(host, dtype, n, rows):
+@pytest.mark.parametrize("from_zero", [False, True], ids=["from y0", "from zero"])
+def test_combine_has_the_same_bits_everywhere(host, dtype, n, rows, from_zero):
     for count in [*range(18), MAX_TERMS]:
         case = Case(dtype, n, count, rows)
+        if from_zero:
+            case.y0 = None
         expected, on_cpu, on_gpu = case.combined(), Target(dtype, rows * n), Target(dtype, rows * n)
         host.schedule(count, MAX_BLOCKS[count % 3])
         succeed(host, host.cuda_combine(case.operands(), on_gpu.address, None, 0))
         host.cpu_combine(case.operands(), on_cpu.address)
         assert torch.equal(bits(on_cpu.written()), bits(expected))
         assert torch.equal(bits(on_gpu.written()), bits(expected))
+
+
+@by_dtype
+def test_combine_may_write_over_y0(host, dtype):
+    for combine in (
+        lambda case: host.cpu_combine(case.operands(), case.y0.data_ptr()),
+        lambda case: host.cuda_combine(case.operands(), case.y0.data_ptr(), None, 0),
+    ):
+        case = Case(dtype, 1000, 5)
+        expected = case.combined()
+        host.schedule(0, 3)
+        combine(case)
+        assert torch.equal(bits(case.y0), bits(expected))
 
 
 @by_dtype
@@ -260,6 +281,34 @@ def test_not_finite_elements_stay_where_they_are(host, dtype):
     succeed(host, host.cuda_combine(case.operands(), out.address, None, 0))
     assert torch.equal(out.written().isnan(), case.combined().isnan())
     assert torch.equal(out.written().nan_to_num(), case.combined().nan_to_num())
+
+
+# ---- inner products ------------------------------------------------------------------------
+
+
+@by_dtype
+@pytest.mark.parametrize("n", [0, *SIZES])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_inner_products_of_rows_and_slopes(host, dtype, n, rows):
+    """To a few roundings of double, whatever the order of the blocks."""
+    for count in (1, 7, MAX_TERMS):
+        case, g = Case(dtype, n, count, rows), state(rows * n, dtype)
+        on_cpu = Target(torch.float64, rows * count)
+        host.cpu_inner(case.operands(), g.data_ptr(), on_cpu.address)
+        results = []
+        for seed in range(2):
+            host.schedule(seed, MAX_BLOCKS[count % 3])
+            doubles = host.inner_scratch_bytes(case.operands()) // 8
+            scratch = guarded(torch.full((doubles,), math.nan, dtype=torch.float64))
+            on_gpu = Target(torch.float64, rows * count)
+            error = host.cuda_inner(case.operands(), g.data_ptr(), on_gpu.address, scratch.data_ptr())
+            succeed(host, error)
+            results.append(on_gpu.written())
+        assert torch.equal(*results)
+        products = g.double().view(rows, 1, n) * torch.stack(case.k).double()
+        scale = products.abs().sum(-1).flatten() * 1e-14
+        for result in (on_cpu.written(), results[0]):
+            assert ((result - products.sum(-1).flatten()).abs() <= scale).all()
 
 
 # ---- errors ----------------------------------------------------------------------------------

@@ -69,6 +69,55 @@ def test_combine_without_slopes_is_a_copy(device):
     assert torch.equal(result, y0) and result.data_ptr() != y0.data_ptr()
 
 
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spread_is_combine_transposed(dtype, n, device):
+    """Every slope is a weighted sum of the rows, in their order, rounded once."""
+    for rows in (1, 2, 5):
+        g = torch.stack(slopes(rows, n, dtype, device))
+        coef = coefficients(rows, 4)
+        zero = torch.zeros(n, dtype=dtype, device=device)
+        expected = torch.stack([combine(zero, list(g), column) for column in coef.t()])
+        assert torch.equal(ops.spread(g, coef), expected)
+    assert torch.equal(ops.spread(g[0], coef[0]), ops.spread(g[:1], coef[:1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spread_takes_any_number_of_rows(dtype, device):
+    """Each pass takes 20; a 16-bit result is rounded after the last."""
+    for rows in (0, 20, 21, 65):
+        g = torch.stack(slopes(rows, 33, dtype, device)) if rows else torch.empty(0, 33, dtype=dtype)
+        coef = coefficients(rows, 3)
+        expected = (coef.to(device).t() @ g.to(device).double()).to(dtype)
+        unit = 0 if dtype in (torch.float16, torch.bfloat16) else 1e-5 if dtype == torch.float32 else 1e-13
+        torch.testing.assert_close(ops.spread(g.to(device), coef), expected, rtol=unit, atol=unit)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inner_products_are_taken_in_double(dtype, n, device):
+    g, k = torch.stack(slopes(3, n, dtype, device)), slopes(5, n, dtype, device)[::-1]
+    expected = g.double() @ torch.stack(k).double().t()
+    result = ops.inner(g, k)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12 * max(n, 1) ** 0.5)
+    assert torch.equal(ops.inner(g[0], k), result[0])
+
+
+def test_spread_and_inner_take_any_strides_and_shapes(device):
+    base = state(48, torch.float64, device).reshape(2, 4, 6)
+    coef = coefficients(3, 2).t()
+    assert torch.equal(
+        ops.spread(base.transpose(1, 2), coef),
+        ops.spread(base.transpose(1, 2).contiguous(), coef.contiguous()),
+    )
+    assert torch.equal(
+        ops.inner(base.transpose(1, 2), [base[0].t()]),
+        ops.inner(base.transpose(1, 2).contiguous(), [base[0].t().contiguous()]),
+    )
+    scalar = base[0, 0, 0]
+    assert ops.spread(scalar, coef[0]).shape == (3,) and ops.inner(scalar, [scalar] * 2).shape == (2,)
+
+
 def scaled(y0, y1, k, coef, rtol, atol):
     error = coef[0].item() * wide(k[0])
     for c, k_j in zip(coef[1:].tolist(), k[1:]):
@@ -138,7 +187,7 @@ def test_no_non_finite_value_passes_as_a_small_error(where, value, which, device
         assert not torch.isfinite(norm)
 
 
-def test_norms_do_not_depend_on_the_number_of_threads():
+def test_sums_do_not_depend_on_the_number_of_threads():
     n = 1_000_003
     y0, y1, k = (
         state(n, torch.float32, "cpu"),
@@ -146,14 +195,15 @@ def test_norms_do_not_depend_on_the_number_of_threads():
         slopes(4, n, torch.float32, "cpu"),
     )
     coef, tol = coefficients(4), torch.tensor(1e-3, dtype=torch.float64)
-    threads, norms = torch.get_num_threads(), []
+    threads, sums = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            norms.append(ops.error_norm(y0, y1, k, coef, tol, tol, [0, 17, n]).item())
+            norm = ops.error_norm(y0, y1, k, coef, tol, tol, [0, 17, n]).item()
+            sums.append((norm, *ops.inner(y0, k).tolist()))
     finally:
         torch.set_num_threads(threads)
-    assert len(set(norms)) == 1
+    assert len(set(sums)) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,6 +217,16 @@ def test_opcheck_combine(dtype, rows, grad, device):
         torch.library.opcheck(
             ops.combine.default, (y0, k, coef.requires_grad_(grad and dtype == torch.float64))
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_opcheck_derivatives_of_combine(dtype, rows, device):
+    lead = () if rows is None else (rows,)
+    g = state(33 * (rows or 1), dtype, device).reshape(*lead, 33).requires_grad_()
+    k = [x.requires_grad_() for x in slopes(3, 33, dtype, device)]
+    torch.library.opcheck(ops.spread.default, (g, coefficients(*lead, 3).requires_grad_()))
+    torch.library.opcheck(ops.inner.default, (g, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,6 +249,38 @@ def test_gradients_of_combine(rows, device):
 
     assert torch.autograd.gradcheck(function, (y0, coef, *k))
     assert torch.autograd.gradgradcheck(function, (y0, coef, *k))
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_gradients_of_spread_and_inner(rows, device):
+    lead = () if rows is None else (rows,)
+    g = state(4 * (rows or 1), torch.float64, device).reshape(*lead, 4).requires_grad_()
+    k = [x.requires_grad_() for x in slopes(2, 4, torch.float64, device)]
+    coef = coefficients(*lead, 2).requires_grad_()
+    for function, arguments in [
+        (ops.spread, (g, coef)),
+        (lambda g, *k: ops.inner(g, list(k)), (g, *k)),
+    ]:
+        assert torch.autograd.gradcheck(function, arguments)
+        assert torch.autograd.gradgradcheck(function, arguments)
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_combine_gives_gradients_to_those_who_ask(rows, device):
+    lead = () if rows is None else (rows,)
+    coef, ones = coefficients(*lead, 4), torch.ones(*lead, 3, dtype=torch.float64, device=device)
+    total = (coef if rows is None else coef.sum(0)).tolist()
+    for asks in [
+        (True, False, False, False, True),
+        (False, True, False, True, False),
+        (False,) * 4 + (True,),
+    ]:
+        y0, *k = (state(3, torch.float64, device, seed=i).requires_grad_(a) for i, a in enumerate(asks))
+        ops.combine(y0, k, coef).backward(ones)
+        for x, weight, asked in zip([y0, *k], [float(rows or 1), *total], asks):
+            assert (x.grad is not None) == asked
+            if asked:
+                torch.testing.assert_close(x.grad, torch.full_like(x, weight))
 
 
 def test_combine_keeps_slopes_only_for_gradients_of_coefficients(device):
@@ -222,6 +314,25 @@ def test_bad_arguments_are_refused(change, text):
     arguments = dict(y0=torch.ones(3), k=[torch.ones(3)], coef=torch.ones(1, dtype=torch.float64)) | change
     with pytest.raises(ValueError, match=text):
         ops.combine(**arguments)
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda g: ops.spread(g, torch.ones(2)), "spread: coef must be"),
+        (lambda g: ops.spread(g, torch.ones(2, 2, dtype=torch.float64)), "spread: coef must be"),
+        (lambda g: ops.spread(g[0, 0], torch.ones(1, 2, dtype=torch.float64)), "spread: coef must be"),
+        (lambda g: ops.inner(g, []), "no slopes"),
+        (lambda g: ops.inner(g, [g[0, 0]]), "g must be shaped like a slope"),
+        (lambda g: ops.inner(g, [torch.ones(5)]), "a slope is Float"),
+        (lambda g: ops.inner(g, [g[0].double()]), "a slope is Double"),
+        (lambda g: ops.inner(g, [g[0]] * 21), "at most"),
+    ],
+    ids=["dtype", "rows", "no rows", "no slopes", "dimensions", "shape", "dtypes", "too many"],
+)
+def test_bad_arguments_of_derivatives_are_refused(call, text):
+    with pytest.raises(ValueError, match=text):
+        call(torch.ones(3, 4))
 
 
 def test_bad_offsets_and_tolerances_are_refused():

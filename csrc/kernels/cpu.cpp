@@ -93,12 +93,13 @@ FLASHODE_INLINE bool combine_block(const T* y0, const Terms& terms, const double
   using A = wide_t<T>;
   alignas(64) A total[kTile];
   alignas(64) T tile[kTile];
+  static const T nothing[kTile] = {};
   A zero = 0;
   for (const int64_t end = begin + n; begin < end; begin += kTile) {
     const int64_t m = std::min(kTile, end - begin);
     weighted_sum<T>(total, terms, coef, begin, m);
-    const T* __restrict y = y0 + begin;
-    T* __restrict result = stream ? tile : out + begin;
+    const T* y = y0 ? y0 + begin : nothing;
+    T* result = stream ? tile : out + begin;
     // x - x is 0 for finite x and NaN otherwise; NaN survives the sum.
 #pragma omp simd reduction(+ : zero)
     for (int64_t i = 0; i < m; ++i) {
@@ -136,6 +137,21 @@ FLASHODE_INLINE void scaled_error_block(const T* y0, const T* y1, const Terms& t
   }
 }
 
+// <a, b> in double, in fixed lanes.
+template <class T>
+FLASHODE_INLINE double dot(const T* a, const T* b, int64_t n) {
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lane[l] += double(widen(a[i + l])) * double(widen(b[i + l]));
+  }
+  double sum = 0;
+  for (; i < n; ++i) sum += double(widen(a[i])) * double(widen(b[i]));
+  for (int l = 0; l < kLanes; ++l) sum += lane[l];
+  return sum;
+}
+
 template <class T>
 FLASHODE_INLINE double sum_of_squares(const T* y0, const T* y1, const Terms& terms,
                                       const double* coef, const Tolerance& tol, int64_t begin,
@@ -144,16 +160,7 @@ FLASHODE_INLINE double sum_of_squares(const T* y0, const T* y1, const Terms& ter
   for (int64_t i = 0; i < n; i += kTile) {
     scaled_error_block<T>(y0, y1, terms, coef, tol, scaled + i, begin + i, std::min(kTile, n - i));
   }
-  double lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) lane[l] += double(scaled[i + l]) * double(scaled[i + l]);
-  }
-  double sum = 0;
-  for (; i < n; ++i) sum += double(scaled[i]) * double(scaled[i]);
-  for (int l = 0; l < kLanes; ++l) sum += lane[l];
-  return sum;
+  return dot(scaled, scaled, n);
 }
 
 // total = base + w * slope over one block; total may be base.
@@ -199,6 +206,9 @@ FLASHODE_INLINE void accumulate_block(const Segment& segment, double w_value, do
                                                const double* coef, const Tolerance& tol) {       \
     return sum_of_squares<T>(static_cast<const T*>(y0), static_cast<const T*>(y1), terms, coef,  \
                              tol, begin, n);                                                     \
+  }                                                                                              \
+  FLASHODE_CLONES double dot_##name(int64_t begin, int64_t n, const void* a, const void* b) {      \
+    return dot(static_cast<const T*>(a) + begin, static_cast<const T*>(b) + begin, n);           \
   }                                                                                              \
   FLASHODE_CLONES void accumulate_##name(int64_t begin, int64_t n, const Segment& segment,       \
                                          double w_value, double w_error, bool first) {           \
@@ -286,6 +296,23 @@ double error_norm(Dtype dtype, const void* y0, const void* y1, const Terms& term
     largest = larger(largest, std::sqrt(sum / double(n)));
   }
   return largest;
+}
+
+void inner(Dtype dtype, int64_t n, const void* g, int64_t rows, const Terms& terms, double* out,
+           int threads) {
+  const int64_t pairs = rows * terms.count;
+  std::vector<double> partial((n + kBlock - 1) / kBlock * pairs);
+  for_each_block(n, n * pairs, threads, [&](int64_t begin, int64_t length) {
+    double* of_block = partial.data() + begin / kBlock * pairs;
+    for (int64_t row = 0; row < rows; ++row) {
+      const void* g_row = static_cast<const char*>(g) + row * n * size_of(dtype);
+      for (int j = 0; j < terms.count; ++j) {
+        *of_block++ = FLASHODE_CALL(dot, dtype, begin, length, g_row, terms.k[j]);
+      }
+    }
+  });
+  std::fill_n(out, pairs, 0.0);
+  for (size_t i = 0; i < partial.size(); ++i) out[i % pairs] += partial[i];
 }
 
 void accumulate(Dtype dtype, const Segment* segments, int64_t count, double w_value, double w_error,

@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads)
       weighted_sum<T>(total, terms, coef.of + row * kMaxTerms, strip);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const T y1 = narrow<T>(widen(y0[strip.readable(u)]) + total[u]);
+        const A start = y0 ? widen(y0[strip.readable(u)]) : A(0);
+        const T y1 = narrow<T>(start + total[u]);
         if (strip.at(u) < n) out[row * n + strip.at(u)] = y1;
       }
     }
@@ -117,6 +118,37 @@ __device__ double block_sum(double value) {
     __syncthreads();
   }
   return shared[0];
+}
+
+// Block (p, y) sums its share of inner product p = row * terms.count + j into a partial sum.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    inner_kernel(int64_t n, const T* g, Terms terms, double* partial) {
+  const T* a = g + blockIdx.x / terms.count * n;
+  const T* b = static_cast<const T*>(terms.k[blockIdx.x % terms.count]);
+  const int64_t stride = int64_t(gridDim.y) * blockDim.x;
+  double sum = 0;
+  for (int64_t first = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; first < n;
+       first += stride * kUnroll) {
+    const Strip strip{n, first, stride};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = strip.readable(u);
+      const double product = double(widen(a[i])) * double(widen(b[i]));
+      if (strip.at(u) < n) sum += product;
+    }
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) partial[int64_t(blockIdx.x) * gridDim.y + blockIdx.y] = sum;
+}
+
+// Block p sums the partial sums of inner product p.
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(const double* partial, int64_t shares, double* out) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < shares; i += blockDim.x) sum += partial[blockIdx.x * shares + i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
 // What the norms of one verdict share; a partial sum for every block follows.
@@ -379,6 +411,25 @@ int error_norm(Dtype dtype, const Segment* segments, int64_t count, double rtol,
                     static_cast<Scratch*>(scratch), last ? verdict : Verdict());
     });
   });
+}
+
+int64_t inner_scratch_bytes(int64_t n, int64_t rows, int terms) {
+  return int64_t(sizeof(double)) * blocks_for(n) * rows * terms;
+}
+
+int inner(Dtype dtype, int64_t n, const void* g, int64_t rows, const Terms& terms, double* out,
+          void* scratch, void* stream) {
+  const unsigned pairs = unsigned(rows * terms.count), blocks = unsigned(blocks_for(n));
+  if (pairs == 0) return cudaSuccess;
+  double* const partial = static_cast<double*>(scratch);
+  const int error = for_dtype(dtype, [&](auto type) -> int {
+    using T = decltype(type);
+    return launch(inner_kernel<T>, dim3(pairs, blocks), stream, n, static_cast<const T*>(g), terms,
+                  partial);
+  });
+  if (error != cudaSuccess) return error;
+  return launch(sum_kernel, dim3(pairs), stream, static_cast<const double*>(partial),
+                int64_t(blocks), out);
 }
 
 int accumulate(Dtype dtype, const Segment* segments, int64_t count, double w_value, double w_error,

@@ -41,7 +41,8 @@ struct Segment {
 
 namespace cpu {
 
-// out[row] = y0 + sum_j coef[row][j] k_j for every row. Returns whether all of out is finite.
+// out[row] = y0 + sum_j coef[row][j] k_j for every row; a null y0 is zero, and a single row may be
+// written over y0. Returns whether all of out is finite.
 bool combine(Dtype, int64_t n, const void* y0, const Terms&, const double* coef, int64_t rows,
              void* out, int threads);
 
@@ -53,6 +54,9 @@ void scaled_error(Dtype, int64_t n, const void* y0, const void* y1, const Terms&
 // fixed chunks, so that the result does not depend on the number of threads.
 double error_norm(Dtype, const void* y0, const void* y1, const Terms&, const double* coef,
                   const Tolerance&, const Members&, int threads);
+
+// out[row][j] = <g_row, k_j>, the g_row one after the other; summed like the norm.
+void inner(Dtype, int64_t n, const void* g, int64_t rows, const Terms&, double* out, int threads);
 
 // value = base + w_value * slope, and error = w_error * slope, added to what is there unless this
 // is the first slope of the step.
@@ -100,6 +104,10 @@ int error_norm(Dtype, int64_t longest_member, const void* y0, const void* y1, co
                const Verdict&, void* stream);
 int error_norm(Dtype, const Segment*, int64_t count, double rtol, double atol, void* scratch,
                const Verdict&, void* stream);
+
+int64_t inner_scratch_bytes(int64_t n, int64_t rows, int terms);
+int inner(Dtype, int64_t n, const void* g, int64_t rows, const Terms&, double* out, void* scratch,
+          void* stream);
 
 int accumulate(Dtype, const Segment*, int64_t count, double w_value, double w_error, bool first,
                void* stream);

@@ -26,8 +26,8 @@ struct TimeTarget {
   double value = 0;
 };
 
-// out[row] = y0 + sum_j coef[row][j] k_j. Returns whether out is finite (always true on a GPU,
-// where the answer would cost a wait).
+// out[row] = y0 + sum_j coef[row][j] k_j; an undefined y0 is zero. Returns whether out is finite
+// (always true on a GPU, where the answer would cost a wait).
 bool run_combine(const at::Tensor& y0, const Terms& k, const double* coef, int64_t rows,
                  const at::Tensor& out, const TimeTarget& time = {});
 

@@ -89,6 +89,16 @@ void cpu_scaled_error(const Operands& a, void* out) {
   cpu::scaled_error(a.type(), a.n, a.y0, a.y1, a.terms(), a.coef, a.tolerance(), out, 1);
 }
 
+int64_t inner_scratch_bytes(const Operands& a) {
+  return cuda::inner_scratch_bytes(a.n, a.rows, a.count);
+}
+int cuda_inner(const Operands& a, const void* g, double* out, void* scratch) {
+  return cuda::inner(a.type(), a.n, g, a.rows, a.terms(), out, scratch, nullptr);
+}
+void cpu_inner(const Operands& a, const void* g, double* out) {
+  cpu::inner(a.type(), a.n, g, a.rows, a.terms(), out, 1);
+}
+
 int64_t norm_scratch_bytes(int64_t longest, int64_t members) {
   return cuda::norm_scratch_bytes(longest, members);
 }

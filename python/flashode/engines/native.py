@@ -84,6 +84,14 @@ def _register_fakes():
     def _(y0, k, coef):
         return y0.new_empty((*coef.shape[:-1], *y0.shape))
 
+    @torch.library.register_fake("flashode::spread")
+    def _(g, coef):
+        return g.new_empty((coef.shape[-1], *g.shape[coef.ndim - 1 :]))
+
+    @torch.library.register_fake("flashode::inner")
+    def _(g, k):
+        return g.new_empty((*g.shape[: g.ndim - k[0].ndim], len(k)), dtype=torch.float64)
+
     @torch.library.register_fake("flashode::scaled_error")
     def _(y0, y1, k, coef, rtol, atol):
         return y0.new_empty(y0.shape, dtype=torch.promote_types(y0.dtype, torch.float32))
