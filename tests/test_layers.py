@@ -20,6 +20,7 @@ LAYERS = [
     ["engines/reference", "engines/native"],
     ["engines/__init__"],
     ["adjoint/spec"],
+    ["adjoint/reached"],
     ["adjoint/restart", "adjoint/checkpoint"],
     ["adjoint/backsolve"],
     ["adjoint/__init__"],
