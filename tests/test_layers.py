@@ -25,6 +25,7 @@ LAYERS = [
     ["adjoint/backsolve"],
     ["adjoint/__init__"],
     ["api"],
+    ["gradient_check"],
     ["__init__"],
     ["info"],
 ]
