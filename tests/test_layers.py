@@ -22,10 +22,12 @@ LAYERS = [
     ["engines/reference_sweep"],
     ["engines/__init__"],
     ["adjoint/spec"],
+    ["adjoint/reached"],
     ["adjoint/restart", "adjoint/checkpoint"],
     ["adjoint/backsolve"],
     ["adjoint/__init__"],
     ["api"],
+    ["gradient_check"],
     ["__init__"],
     ["info"],
 ]

@@ -3,6 +3,7 @@
 from .api import explain, odeint, odeint_adjoint, solve
 from .errors import ArgumentError, ArgumentTypeError, SolveError, Status
 from .extension import build_config
+from .gradient_check import GradientReport, GradientRow, check_gradients
 from .solution import Solution, Stats
 
 __version__ = "0.1.0"
@@ -10,11 +11,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "GradientReport",
+    "GradientRow",
     "Solution",
     "SolveError",
     "Stats",
     "Status",
     "build_config",
+    "check_gradients",
     "explain",
     "odeint",
     "odeint_adjoint",

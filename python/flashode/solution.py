@@ -87,10 +87,9 @@ def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
         accepted_times=[problem.direction * t for t in outcome.accepted_times],
     )
     if not outcome.status.ok:
-        error = _failure(problem, outcome)
-        if throw:
-            raise error
-        outcome.status = error.reason
+        if throw:  # held by no variable here: a traceback would hold its error, and the state, in a circle
+            raise _failure(problem, outcome)
+        outcome.status = _failure(problem, outcome).reason
     return Solution(problem.t, problem.unflatten(outcome.ys, batch=1), outcome.status, stats)
 
 

@@ -11,6 +11,7 @@ from ..arguments import CALLBACKS
 from ..engines import ENGINES, choose
 from ..problem import Problem
 from ..solution import finish
+from .reached import warn_unlisted
 from .spec import AdjointSpec, Record
 
 
@@ -36,6 +37,7 @@ class _AugmentedField:
     def __init__(self, problem: Problem, params):
         self.p, self.params = problem, list(params)
         self.members = 1 if problem.shapes is None else len(problem.shapes)
+        self.examined = False
         for name in CALLBACKS:
             callback = getattr(problem.func, name + "_adjoint", None)
             if callback is not None:
@@ -64,6 +66,9 @@ class _AugmentedField:
             value = self.p.func(t, ys[0] if self.p.shapes is None else tuple(ys), *self.p.args)
             slopes = self.split(self.p.slope(value))
             inputs = [*ys, *self.params, t]
+            if not self.examined:
+                warn_unlisted(self.p.func, value, inputs)
+                self.examined = True
             # A member of the slope that depends on none of the inputs has no graph.
             reached = [(s, -a) for s, a in zip(slopes, adj_ys) if s.requires_grad]
             grads = [None] * len(inputs)
