@@ -54,7 +54,7 @@ def test_a_stiff_solve_that_cannot_go_back_is_told_so():
     assert rows(report)["direct"].error < 0.01
     assert "underflow in dt" in rows(report)["backsolve"].failure
     assert report.verdict == "backsolve fails here: use odeint"
-    assert "backsolve fails: underflow in dt" in str(report)
+    assert "backsolve fails: in the backward solve, underflow in dt" in str(report)
 
 
 def test_agreement_is_told_with_what_it_costs(capsys, engine):

@@ -161,7 +161,7 @@ Sweep::Sweep(py::handle augmented, const Table& table, const Interpolant& dense)
         Tensors params;
         for (const py::handle param : g_.attr("params")) params.push_back(unpack(param));
         return params;
-      }(), g_.attr("needs_t").cast<bool>(), py::none()),
+      }(), g_.attr("needs_t").cast<bool>(), g_.attr("examine")),
       b_(full(table.b, table.c.size())),
       b_err_(full(table.b_err, table.c.size())),
       c_(table.c),

@@ -23,9 +23,9 @@ struct Slopes {
 
 class Vjp {
  public:
-  Vjp(Field& field, std::vector<at::Tensor> params, bool needs_t, py::object on_first_value)
+  Vjp(Field& field, std::vector<at::Tensor> params, bool needs_t, py::object examine)
       : field_(field), params_(std::move(params)), needs_t_(needs_t),
-        on_first_value_(std::move(on_first_value)) {}
+        examine_(std::move(examine)) {}
 
   // The time of the next evaluation. On a GPU the kernel that makes the state writes it.
   TimeTarget set_time(double t, int nudge) {
@@ -49,9 +49,9 @@ class Vjp {
       returned = field_.value_at(wrap(time_), state);
       value = field_.flat_value(returned);
     }
-    if (!on_first_value_.is_none()) {
-      on_first_value_(wrap(value), wrap(leaf), wrap(time_));
-      on_first_value_ = py::none();
+    if (!examine_.is_none()) {
+      examine_(wrap(value), wrap(leaf), wrap(time_));
+      examine_ = py::none();
     }
     Slopes slopes;
     slopes.of_integrals.resize(1 + params_.size());
@@ -101,7 +101,7 @@ class Vjp {
   Field& field_;
   const std::vector<at::Tensor> params_;
   const bool needs_t_;
-  py::object on_first_value_;  // called once, with the first value, its y and its t; or None
+  py::object examine_;  // called once, with the first value, its y and its t
   at::Tensor time_;
 };
 

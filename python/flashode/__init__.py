@@ -1,7 +1,7 @@
 """flashode: ordinary differential equations for PyTorch, a drop-in for torchdiffeq."""
 
 from .api import explain, odeint, odeint_adjoint, solve
-from .errors import ArgumentError, ArgumentTypeError, SolveError, Status
+from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
 from .extension import build_config
 from .gradient_check import GradientReport, GradientRow, check_gradients
 from .solution import Solution, Stats
@@ -13,6 +13,7 @@ __all__ = [
     "ArgumentTypeError",
     "GradientReport",
     "GradientRow",
+    "GradientWarning",
     "Solution",
     "SolveError",
     "Stats",

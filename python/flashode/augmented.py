@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,7 @@ class Augmented:
         needs_t: whether ``vjp_t`` is wanted.
         seminorm: whether ``adj_params`` are left out of step-size control.
         first_step: size of the first step to try, or None to choose one.
+        examine: called once, with the first slope, the leaf y and the leaf t behind it.
     """
 
     problem: Problem
@@ -39,6 +41,7 @@ class Augmented:
     needs_t: bool
     seminorm: bool
     first_step: float | None
+    examine: Callable
 
     @property
     def tolerances(self) -> tuple[float, float]:

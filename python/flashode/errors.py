@@ -36,6 +36,10 @@ class ArgumentTypeError(TypeError, AssertionError):
     """An argument, or what ``func`` returned, is of a type that cannot be used."""
 
 
+class GradientWarning(UserWarning):
+    """Gradients of `odeint_adjoint` may be wrong, or lack a tensor that ``func`` uses."""
+
+
 class SolveError(RuntimeError, AssertionError):
     """A solve that could not be finished.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .adjoint.spec import MODES, collect_params
 from .api import odeint, odeint_adjoint
 from .arguments import kind_of
-from .errors import ArgumentError, ArgumentTypeError, SolveError
+from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError
 from .problem import Problem
 
 # Relative error above which a gradient is called wrong.
@@ -301,7 +302,9 @@ class _Run:
 def _run(case: _Case, mode, forward, backward) -> _Run:
     func = _Counted(case.func)
     begin = time.perf_counter()
-    with torch.enable_grad():
+    with torch.enable_grad(), warnings.catch_warnings():
+        # The table says by how much.
+        warnings.filterwarnings("ignore", "odeint_adjoint: at t=", GradientWarning)
         if mode == "direct":
             ys = odeint(func, case.y0, case.t, args=case.args, **forward)
         else:
@@ -350,7 +353,8 @@ class _Saved:
         self.holders, self.now, self.peak = Counter(), 0, 0
 
     def pack(self, x):
-        return _Held(x, self)
+        # Detached: a result that holds the node which saved it would never be let go.
+        return _Held(x.detach(), self)
 
     def unpack(self, held):
         return held.x

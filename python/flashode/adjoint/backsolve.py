@@ -18,9 +18,11 @@ from .. import arguments
 from ..arguments import CALLBACKS
 from ..augmented import Augmented, Gradients
 from ..engines import SWEEPS
+from ..errors import GradientWarning
 from ..problem import Problem
 from ..solution import backward_failure
 from . import restart
+from .reached import warn_unlisted
 from .spec import Record
 
 # How far the rebuilt state may part from the stored one: both are solutions to tolerance, and honest
@@ -108,6 +110,7 @@ def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
         needs_t=needs_t,
         seminorm=spec.seminorm,
         first_step=first_step,
+        examine=lambda value, y, t: warn_unlisted(forward.func, value, (y, t, *record.params)),
     )
 
 
@@ -128,5 +131,6 @@ def _warn_of_drift(problem: Problem, result: Gradients):
         warnings.warn(
             f"odeint_adjoint: at t={problem.direction * result.drift_t:g} the state rebuilt backwards is "
             f"{result.drift:.1e} tolerances away from the one the forward solve stored; the problem cannot be "
-            "solved backwards this far, and the gradients may be wrong. Use adjoint='checkpoint', or odeint"
+            "solved backwards this far, and the gradients may be wrong. Use adjoint='checkpoint', or odeint",
+            GradientWarning,
         )

@@ -19,6 +19,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
+from ..errors import GradientWarning
+
 # References followed from func to a tensor; those from a Module to its own do not count.
 DEPTH = 3
 # Members looked at in one container: a longer one holds data.
@@ -58,6 +60,7 @@ def warn_unlisted(func, value, listed):
     warnings.warn(
         f"odeint_adjoint gives no gradient to {', '.join(found[:SHOWN] + rest)}, though func uses it and it "
         "requires one: add to adjoint_params=, or pass through args=, what is to have one",
+        GradientWarning,
         stacklevel=2,
     )
 

@@ -84,6 +84,8 @@ class Sweep:
             y = y.detach().clone().requires_grad_()
             time = stage_time(p, t, None, nudge).requires_grad_(g.needs_t)
             f = p.slope(p.func(time, p.unflatten(y), *p.args))
+        if self.nfe == 1:
+            g.examine(f, y, time)
         inputs = [y] + ([time] if g.needs_t else []) + (list(g.params) if with_params else [])
         products = [None] * len(inputs)
         if f.requires_grad:
