@@ -19,7 +19,7 @@ LAYERS = [
     ["solution"],
     ["engines/reference", "engines/native"],
     ["engines/__init__"],
-    ["adjoint/spec"],
+    ["adjoint/spec", "adjoint/schedule"],
     ["adjoint/restart", "adjoint/checkpoint"],
     ["adjoint/backsolve"],
     ["adjoint/__init__"],
