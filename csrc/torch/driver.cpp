@@ -449,7 +449,8 @@ Step Run::fixed_step(double t1, const at::Tensor& shift1) {
 Step Run::commit(double t1, double dt, const at::Tensor& shift1, Landing kind) {
   const Step step{t0_, t1, dt, current_.flat, candidate_.flat, shift0_, shift1};
   if (!recording_.is_none()) {
-    recording_.attr("add")(t0_, t1, dt, int(kind), wrap(step.y0), wrap(k_[0]));
+    const at::Tensor f0 = adaptive_ ? k_[0] : at::Tensor();
+    recording_.attr("add")(t0_, t1, dt, int(kind), wrap(step.y0), wrap(f0));
   }
   std::swap(current_, candidate_);
   t0_ = t1;
@@ -579,8 +580,9 @@ void Run::prepare_replays(py::object shifts) {
 }
 
 // An accepted step again, with its graph where gradients are recorded, and then its outputs too:
-// its end, the slope it hands on, and the outputs in pieces with the row of their first. f0 is None
-// where the step evaluates it itself; the shifts are None where time has no gradient.
+// its end, the slope it hands on (None for fixed steps), and the outputs in pieces with the row of
+// their first. f0 is None where the step evaluates it itself; the shifts are None where time has no
+// gradient.
 py::tuple Run::replay(double t0, double t1, double dt, int landing, const py::object& y0,
                       const py::object& f0, const py::object& shift0, const py::object& shift1) {
   const c10::OptionalDeviceGuard device(y_begin_.device());
@@ -594,7 +596,7 @@ py::tuple Run::replay(double t0, double t1, double dt, int landing, const py::ob
   f0_ = f0.is_none() ? call_at_state(shift0_, perturb_ ? 1 : 0) : unpack(f0);
   rk_step(t1, dt, given(shift1));
   const Step step = commit(t1, dt, given(shift1), kind);
-  const at::Tensor f1 = handed_on(kind);
+  const at::Tensor f1 = adaptive_ ? handed_on(kind) : at::Tensor();
   recorded_.clear();
   filled_ = std::upper_bound(times_.begin(), times_.end(), t0) - times_.begin();
   if (grad_mode_) emit(step);

@@ -34,7 +34,7 @@ def solve_with_adjoint(
     recording = None
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if spec.mode == "checkpoint" and needed:
-        recording = checkpoint.Recording(engine, problem.adaptive, spec.checkpoints)
+        recording = checkpoint.Recording(engine, spec.checkpoints)
     result = []
     ys, event_t = _Adjoint.apply(values, spec, engine, recording, result, *inputs)
     (solution,) = result
@@ -53,22 +53,28 @@ class _Adjoint(torch.autograd.Function):
             recording.event_t = outcome.event_t
         ctx.problem, ctx.spec, ctx.dt, ctx.recording = problem, spec, outcome.dt, recording
         ctx.autocast = _autocast(problem.y0.device.type)
-        ctx.save_for_backward(times, outcome.ys, *params)
+        given = [None, None, None]
+        if recording is not None:  # for second derivatives; what requires none may be written into
+            given = [x if x is not None and x.requires_grad else None for x in (y0, t, grid)]
+        ctx.save_for_backward(times, outcome.ys, *given, *params)
         ctx.mark_non_differentiable(event_t)
         return outcome.ys, event_t
 
     @staticmethod
     def backward(ctx, grad_ys, _):
-        t, ys, *params = ctx.saved_tensors
-        record = Record(ctx.problem, ctx.spec, t, ys, tuple(params), ctx.dt, ctx.recording)
+        (t, ys, *given), params = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        record = Record(ctx.problem, ctx.spec, t, ys, params, ctx.dt, ctx.recording)
+        mode, with_graph = _MODES[ctx.spec.mode], torch.is_grad_enabled()
         _require_finite_gradients(t, grad_ys)
         with torch.no_grad(), ctx.autocast():
-            # Only `checkpoint` differentiates the grid: to the others, t is the only time there is.
-            adj_y, grad_t, adj_params, *grad_grid = _MODES[ctx.spec.mode].gradients(
-                record, grad_ys, any(ctx.needs_input_grad[6:8])
-            )
-        grads = adj_y, grad_t, *(grad_grid or [None]), *adj_params
-        if torch.is_grad_enabled():
+            if with_graph and mode is checkpoint:
+                grads = checkpoint.differentiable_gradients(record, grad_ys, given)
+            else:
+                grads = mode.gradients(record, grad_ys, any(ctx.needs_input_grad[6:8]))
+        # Only `checkpoint` differentiates the grid: to the others, t is the only time there is.
+        adj_y, grad_t, adj_params, grad_grid = grads if mode is checkpoint else (*grads, None)
+        grads = adj_y, grad_t, grad_grid, *adj_params
+        if with_graph and mode is not checkpoint:
             grads = _FirstOnly.apply(torch.zeros((), requires_grad=True), *grads)
         return None, None, None, None, None, *grads
 

@@ -25,7 +25,6 @@ class Recording:
 
     Attributes:
         engine: that took them.
-        adaptive: steps begin with the slope that the one before hands on.
         limit: states that may be held; None for all.
         steps: ``(t0, t1, dt, landing)`` of each.
         stride: the states of steps 0, stride, 2 * stride, ... are held.
@@ -34,7 +33,6 @@ class Recording:
     """
 
     engine: str
-    adaptive: bool
     limit: int | None
     steps: list[tuple[float, float, float, Landing]] = field(default_factory=list)
     stride: int = 1
@@ -52,13 +50,13 @@ class Recording:
             self.stride *= 2
             self.held = {step: state for step, state in self.held.items() if step % self.stride == 0}
         if number % self.stride == 0:
-            self.held[number] = _value(y0), (_value(f0) if self.adaptive else None)
+            self.held[number] = _value(y0), _value(f0)
 
 
-def _value(x: torch.Tensor) -> torch.Tensor:
+def _value(x: torch.Tensor | None):
     """Without the gradient that the field may have asked for; else the very tensor, whose reference
     count tells the engine not to write into it."""
-    return x.detach() if x.requires_grad else x
+    return x.detach() if x is not None and x.requires_grad else x
 
 
 def gradients(record: Record, grad_ys: torch.Tensor, needs_time: bool):
@@ -77,7 +75,7 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_time: bool):
     for step in set(states) - set(kept):
         del states[step]
     for start, stop, reverse in reversal(steps, slots, kept):
-        state = states.pop(start) if start == stop else sweep.advance(states[start], start, stop)
+        state = states.pop(start) if start == stop else sweep.replay.advance(states[start], start, stop)
         if reverse:
             sweep.reverse(state, stop)
         else:
@@ -85,41 +83,86 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_time: bool):
     return sweep.results()
 
 
+def differentiable_gradients(record: Record, grad_ys: torch.Tensor, given):
+    """The same with a graph, for second derivatives: all steps are taken again in one go, as direct mode
+    takes them. ``given`` are the state, the times and the grid, each None unless it requires gradients."""
+    y0, t, grid = given
+    problem, shifts, points = record.problem, None, None
+    with torch.enable_grad():
+        if t is not None or grid is not None:
+            # x - x.detach() is zero and has the gradient of x.
+            clock = problem.direction * (record.t if t is None else t).to("cpu", torch.float64)
+            shifts = points = clock - clock.detach()
+            if problem.event_fn is not None:
+                shifts = shifts[:1].expand(2)  # the event moves with the start
+            if grid is not None:
+                points = grid - grid.detach()
+        replay = _Replay(record, shifts, points)
+        state = record.ys[0].detach() if y0 is None else y0, None
+        rows = [state[0][None]]
+        for number in range(len(record.steps.steps)):
+            *state, outputs = replay.step(number, *state)
+            rows += [values for _, values in outputs]
+        inputs = *given, *record.params
+        reached = [x for x in inputs if x is not None]
+        grads = torch.autograd.grad(torch.cat(rows), reached, grad_ys, create_graph=True, allow_unused=True)
+    found = iter(grads)
+    adj_y, grad_t, grad_grid, *adj_params = (None if x is None else next(found) for x in inputs)
+    return adj_y, grad_t, adj_params, grad_grid
+
+
+class _Replay:
+    """Takes the recorded steps again. ``shifts`` and ``points`` are zeros that carry the gradients of
+    the output times and of the ends of the steps, or None."""
+
+    def __init__(self, record: Record, shifts, points):
+        self.steps, self.points = record.steps.steps, points
+        self.moved_by = None if points is None else _moved_by(record.problem, self.steps)
+        self.take_step = ENGINES[record.steps.engine].replay(_with_outputs(record), shifts)
+
+    def step(self, number: int, y0, f0):
+        """The state at its end, the slope it hands on, and its outputs in pieces, by first row."""
+        return self.take_step(*self.steps[number], y0, f0, self.shift(number), self.shift(number + 1))
+
+    def shift(self, point: int):
+        """The zero that carries the gradient of the time at which step number ``point`` begins."""
+        if self.points is None:
+            return None
+        index = self.moved_by[point]
+        return torch.zeros((), dtype=torch.float64) if index is None else self.points[index]
+
+    def advance(self, state, start: int, stop: int):
+        """The state that step ``stop`` begins with, from that of step ``start``; nothing is recorded."""
+        for number in range(start, stop):
+            state = self.take_step(*self.steps[number], *state, None, None)[:2]
+        return state
+
+
 class _Sweep:
     """The way back through the steps, and the gradients gathered on it."""
 
     def __init__(self, record: Record, grad_ys, needs_time: bool):
         self.problem, self.grad_ys, self.params = record.problem, grad_ys, record.params
-        self.recording: Recording = record.steps
         # Cotangents of the state between two steps, and of the slope that one hands to the next.
         self.adj_y = self.adj_f = None
         self.later_y: torch.Tensor | None = None  # the state that the step just reversed began with
-        self.shifts = self.points = None
+        shifts = points = None
         if needs_time:
-            # Zeros that carry the gradients of the output times, and of the ends of the steps.
-            self.shifts = self.points = torch.zeros(len(record.t), dtype=torch.float64).requires_grad_()
+            shifts = points = torch.zeros(len(record.t), dtype=torch.float64).requires_grad_()
             if not self.problem.adaptive:
-                self.points = torch.zeros_like(self.problem.grid).requires_grad_()
-            self.moved_by = _moved_by(self.problem, self.recording.steps)
-        self.inputs = [*self.params, *([self.shifts, self.points] if needs_time else [])]
+                points = torch.zeros_like(self.problem.grid).requires_grad_()
+        self.needs_time = needs_time
+        self.inputs = [*self.params, *([shifts, points] if needs_time else [])]
         self.totals = [torch.zeros_like(x) for x in self.inputs]
-        self.take_step = ENGINES[self.recording.engine].replay(_with_outputs(record), self.shifts)
-
-    def advance(self, state, start: int, stop: int):
-        """The state that step ``stop`` begins with, from that of step ``start``."""
-        for number in range(start, stop):
-            y1, f1, _ = self.take_step(*self.recording.steps[number], *state, None, None)
-            state = y1, (f1 if self.recording.adaptive else None)
-        return state
+        self.replay = _Replay(record, shifts, points)
 
     def reverse(self, state, number: int):
         """Pulls the cotangents back through one step."""
         y0, f0 = (None if x is None else x.detach().requires_grad_() for x in state)
         with torch.enable_grad():
-            ends = self.shift(number), self.shift(number + 1)
-            y1, f1, outputs = self.take_step(*self.recording.steps[number], y0, f0, *ends)
+            y1, f1, outputs = self.replay.step(number, y0, f0)
         self.compare(y1, number)
-        self.later_y = state[0]
+        self.later_y = y0.detach()
         pairs = [(y1, self.adj_y), (f1, self.adj_f)]
         pairs += [(values, self.grad_ys[row : row + len(values)]) for row, values in outputs]
         outputs, cotangents = zip(*((x, adj) for x, adj in pairs if adj is not None and x.requires_grad))
@@ -130,20 +173,13 @@ class _Sweep:
             if grad is not None:
                 total += grad
 
-    def shift(self, point: int):
-        """The zero that carries the gradient of the time at which step number ``point`` begins."""
-        if self.points is None:
-            return None
-        index = self.moved_by[point]
-        return torch.zeros((), dtype=torch.float64) if index is None else self.points[index]
-
     def compare(self, y1, number: int):
         """Warns, once, of a field that does not repeat itself. On a GPU to look would be to wait."""
         if self.later_y is None or y1.device.type != "cpu" or torch.equal(y1, self.later_y):
             return
         off, size = (x.detach().abs().max().item() for x in (y1 - self.later_y, y1))
         if off > torch.finfo(y1.dtype).eps ** 0.5 * size:
-            t = self.problem.direction * self.recording.steps[number][0]
+            t = self.problem.direction * self.replay.steps[number][0]
             warnings.warn(
                 f"func is not the same function in the backward pass: the step from t={t!r} ends {off:.3g} "
                 "away from where it did, and gradients with adjoint='checkpoint' are wrong. Draw random "
@@ -155,7 +191,7 @@ class _Sweep:
         problem, grad_ys = self.problem, self.grad_ys
         adj_y = grad_ys[0] if self.adj_y is None else self.adj_y + grad_ys[0]
         adj_params = self.totals[: len(self.params)]
-        if self.shifts is None:
+        if not self.needs_time:
             return adj_y, None, adj_params, None
         of_times, of_points = self.totals[len(self.params) :]
         grad_t = (problem.direction * of_times).to(problem.t)

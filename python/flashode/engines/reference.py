@@ -290,7 +290,8 @@ class Run:
         """Makes the candidate the state."""
         step = Step(self.t0, t1, dt, self.y0, self.y1, self.k, self.shift0, shift1)
         if self.recording is not None:
-            self.recording.add(self.t0, t1, dt, kind, self.y0, self.k[0])
+            f0 = self.k[0] if self.p.adaptive else None
+            self.recording.add(self.t0, t1, dt, kind, self.y0, f0)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
         self.accepted += 1
         self.accepted_times.append(t1)
@@ -380,8 +381,8 @@ class Run:
         """An accepted step again, with its graph where gradients are recorded, and then its outputs too.
 
         ``f0`` is None where the step evaluates it itself; the shifts are None where time has no
-        gradient. Returns the step's end, the slope it hands on, and its outputs in pieces, each with
-        the row of its first.
+        gradient. Returns the step's end, the slope it hands on (None for fixed steps), and its
+        outputs in pieces, each with the row of its first.
         """
         p = self.p
         self.t0, self.y0, self.shift0 = t0, y0, shift0
@@ -389,7 +390,7 @@ class Run:
             f0 = self.call(t0, y0.clone(), shift0, nudge=1 if p.perturb else 0)
         self.k, self.y1 = self.rk_step(f0, t1, dt, shift1)
         step = self.commit(t1, dt, shift1, kind)
-        f1 = self.handed_on(kind)
+        f1 = self.handed_on(kind) if p.adaptive else None
         row = bisect.bisect_right(p.times, t0)
         self.rows, self.filled = [], row
         if torch.is_grad_enabled():
