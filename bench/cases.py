@@ -168,7 +168,11 @@ def train(device, quick) -> Iterator[Contest]:
             grad=True,
         )
 
+    def checkpoint(*arguments, **call):
+        return flashode.odeint_adjoint(*arguments, adjoint="checkpoint", **call)
+
     yield contest("train direct", torchdiffeq.odeint, flashode.odeint)
+    yield contest("train checkpoint", torchdiffeq.odeint, checkpoint)
     yield contest("train adjoint", torchdiffeq.odeint_adjoint, flashode.odeint_adjoint)
 
 

@@ -58,6 +58,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<std::vector<double>>&, const std::vector<double>&,
                     const std::vector<std::vector<double>>&>(),
            py::arg("weights"), py::arg("extra_c"), py::arg("extra_a"));
-  m.def("solve", &flashode::solve, py::arg("problem"), py::arg("table"), py::arg("interpolant"));
+  m.def("solve", &flashode::solve, py::arg("problem"), py::arg("table"), py::arg("interpolant"),
+        py::arg("recording"));
+  m.def("replay", &flashode::replay, py::keep_alive<0, 2>(), py::keep_alive<0, 3>(),
+        py::arg("problem"), py::arg("table"), py::arg("interpolant"), py::arg("shifts"));
   m.def("sweep", &flashode::sweep, py::arg("augmented"), py::arg("table"), py::arg("interpolant"));
 }

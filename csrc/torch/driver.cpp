@@ -80,9 +80,13 @@ struct Step {
 class Run {
  public:
   Run(py::handle problem, const Table& table, const Interpolant& dense);
-  py::dict solve();
+  py::dict solve(py::object recording);
+  void prepare_replays(py::object shifts);
+  py::tuple replay(double t0, double t1, double dt, int landing, const py::object& y0,
+                   const py::object& f0, const py::object& shift0, const py::object& shift1);
 
  private:
+  void begin();
   py::dict outcome(Status status);
   at::Tensor call_at_state(const at::Tensor& shift, int nudge);
   Terms terms_of(const std::vector<int>& stages) const;
@@ -96,7 +100,8 @@ class Run {
   std::pair<double, Landing> landing(double t1);
   Step adaptive_step();
   Step fixed_step(double t1, const at::Tensor& shift1);
-  Step accepted(double t1, double dt, const at::Tensor& shift1);
+  Step commit(double t1, double dt, const at::Tensor& shift1, Landing kind);
+  at::Tensor handed_on(Landing kind);
   void report(const py::object& callback, double dt);
   void interpolate(const Step& step, int64_t begin, int64_t end);
   void emit(const Step& step);
@@ -107,8 +112,7 @@ class Run {
   const Interpolant& dense_;
   Field field_;
   const at::Tensor& y_begin_;
-  const c10::OptionalDeviceGuard device_;
-  const bool adaptive_, grad_mode_, with_time_gradient_, overshoot_, perturb_, has_norm_,
+  const bool adaptive_, with_time_gradient_, overshoot_, perturb_, has_norm_,
       steps_on_times_;
   const double direction_;
   const int64_t max_num_steps_;
@@ -125,12 +129,15 @@ class Run {
   Shown stage_, current_, candidate_;
   at::Tensor ys_;
   std::vector<std::pair<int64_t, at::Tensor>> recorded_;  // outputs with gradients, by first row
+  py::object recording_ = py::none();                     // of the accepted steps, if asked for
 
   // Where the solve stands.
   std::vector<at::Tensor> k_;  // slopes of the last trial step
   at::Tensor f0_, shift0_, stretch_;
   double t0_, dt_ = kNaN, error_ratio_ = kNaN;
+  bool grad_mode_ = at::GradMode::is_enabled();
   bool field_writes_ = false;  // into the state it is shown
+  bool replaying_ = false;
   size_t next_stop_ = 0;
   int64_t filled_ = 1, accepted_ = 0, rejected_ = 0, trials_ = 0;
   std::vector<double> accepted_times_;
@@ -142,9 +149,7 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
       dense_(dense),
       field_(p_),
       y_begin_(field_.like),
-      device_(y_begin_.device()),
       adaptive_(p_.attr("adaptive").cast<bool>()),
-      grad_mode_(at::GradMode::is_enabled()),
       with_time_gradient_(p_.attr("differentiates_time").cast<bool>()),
       overshoot_(p_.attr("overshoot").cast<bool>()),
       perturb_(p_.attr("perturb").cast<bool>()),
@@ -172,7 +177,10 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
     shifts_ = t.sub(t.detach()).mul(direction_);
     shift0_ = (adaptive_ ? shifts_ : grid_shifts_).select(0, 0);
   }
+}
 
+// Memory for the outputs, and the first of them.
+void Run::begin() {
   std::vector<int64_t> shape = y_begin_.sizes().vec();
   shape.insert(shape.begin(), int64_t(times_.size()));
   ys_ = at::empty(shape, y_begin_.options());
@@ -216,8 +224,12 @@ py::dict Run::outcome(Status status) {
 // func at the current state. A field that writes into its argument must not change the state.
 at::Tensor Run::call_at_state(const at::Tensor& shift, int nudge) {
   if (field_writes_) {
-    field_.make_writable(stage_);
-    stage_.flat.copy_(current_.flat.detach());
+    if (grad_mode_ && current_.flat.requires_grad()) {
+      stage_.adopt(current_.flat.clone(), field_.split);
+    } else {
+      field_.make_writable(stage_);
+      stage_.flat.copy_(current_.flat.detach());
+    }
     return field_.call(t0_, stage_, shift, nudge);
   }
   const int64_t version = current_.version();
@@ -268,7 +280,7 @@ bool Run::combine(Shown& target, const at::Tensor& y0, const Row& row, double si
     for (const int j : row.stage) k.push_back(k_[j]);
     target.adopt(combine_op(y0, k, coefficients), field_.split);
     if (time.t.defined()) time.t.fill_(time.value);
-    return !y0.is_cpu() || adaptive_ || at::isfinite(target.flat).all().item<bool>();
+    return true;
   }
   field_.make_writable(target);
   std::optional<py::gil_scoped_release> release;
@@ -388,9 +400,8 @@ Step Run::adaptive_step() {
     dt_ = decision.next_dt;
     if (decision.accepted) {
       report(on_accept_, dt);
-      const Step step = accepted(t1, dt, shift1);
-      // parity: the last stage is the next step's f0, for every method.
-      f0_ = kind == kJump ? call_at_state(shift0_, 1) : k_.back();
+      const Step step = commit(t1, dt, shift1, kind);
+      f0_ = handed_on(kind);
       return step;
     }
     ++rejected_;
@@ -408,19 +419,32 @@ Step Run::fixed_step(double t1, const at::Tensor& shift1) {
   dt_ = t1 - t0_;
   report(on_step_, dt_);
   f0_ = call_at_state(shift0_, perturb_ ? 1 : 0);
-  if (!rk_step(t1, dt_, shift1)) throw StepFailure{kNonfiniteField};
-  return accepted(t1, dt_, shift1);
+  bool finite = rk_step(t1, dt_, shift1);
+  const at::Tensor& y1 = candidate_.flat;
+  if (y1.requires_grad() && y1.is_cpu()) finite = at::isfinite(y1).all().item<bool>();
+  if (!finite) throw StepFailure{kNonfiniteField};
+  return commit(t1, dt_, shift1, kFree);
 }
 
 // Makes the candidate the state.
-Step Run::accepted(double t1, double dt, const at::Tensor& shift1) {
+Step Run::commit(double t1, double dt, const at::Tensor& shift1, Landing kind) {
   const Step step{t0_, t1, dt, current_.flat, candidate_.flat, shift0_, shift1};
+  if (!recording_.is_none()) {
+    const at::Tensor f0 = adaptive_ ? k_[0] : at::Tensor();
+    recording_.attr("add")(t0_, t1, dt, int(kind), wrap(step.y0), wrap(f0));
+  }
   std::swap(current_, candidate_);
   t0_ = t1;
   shift0_ = shift1;
   ++accepted_;
   accepted_times_.push_back(t1);
   return step;
+}
+
+// The slope that the next step begins with.
+at::Tensor Run::handed_on(Landing kind) {
+  // parity: the last stage is the next step's f0, for every method.
+  return kind == kJump ? call_at_state(shift0_, 1) : k_.back();
 }
 
 void Run::report(const py::object& callback, double dt) {
@@ -440,7 +464,7 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
     k_.push_back(field_.call_at_stage_time(stage_, shift_i));
   }
   // The extra stages were not seen by the error test.
-  const bool unseen = !dense_.extra_c.empty() && step.y0.is_cpu();
+  const bool unseen = !dense_.extra_c.empty() && step.y0.is_cpu() && !replaying_;
   const int64_t rows = end - begin, stages = int64_t(dense_.stage.size());
   if (records(step.y0, dense_.stage)) {
     at::Tensor x = at::tensor(at::ArrayRef<double>(times_.data() + begin, size_t(rows)));
@@ -508,7 +532,10 @@ void Run::emit(const Step& step) {
   filled_ = end;
 }
 
-py::dict Run::solve() {
+py::dict Run::solve(py::object recording) {
+  const c10::OptionalDeviceGuard device(y_begin_.device());
+  recording_ = std::move(recording);
+  begin();
   try {
     if (times_.size() == 1) return outcome(kSuccess);
     if (adaptive_) {
@@ -526,6 +553,37 @@ py::dict Run::solve() {
   } catch (const StepFailure& failure) {
     return outcome(failure.status);
   }
+}
+
+void Run::prepare_replays(py::object shifts) {
+  replaying_ = field_writes_ = true;  // whether the field writes is not known: it gets copies
+  if (!shifts.is_none()) shifts_ = unpack(shifts);
+}
+
+// An accepted step again, with its graph where gradients are recorded, and then its outputs too:
+// its end, the slope it hands on (None for fixed steps), and the outputs in pieces with the row of
+// their first. f0 is None where the step evaluates it itself; the shifts are None where time has no
+// gradient.
+py::tuple Run::replay(double t0, double t1, double dt, int landing, const py::object& y0,
+                      const py::object& f0, const py::object& shift0, const py::object& shift1) {
+  const c10::OptionalDeviceGuard device(y_begin_.device());
+  const auto given = [](const py::object& x) { return x.is_none() ? at::Tensor() : unpack(x); };
+  const Landing kind = Landing(landing);
+  grad_mode_ = at::GradMode::is_enabled();
+  t0_ = t0;
+  shift0_ = given(shift0);
+  stretch_ = at::Tensor();
+  current_.adopt(unpack(y0), field_.split);
+  f0_ = f0.is_none() ? call_at_state(shift0_, perturb_ ? 1 : 0) : unpack(f0);
+  rk_step(t1, dt, given(shift1));
+  const Step step = commit(t1, dt, given(shift1), kind);
+  const at::Tensor f1 = adaptive_ ? handed_on(kind) : at::Tensor();
+  recorded_.clear();
+  filled_ = std::upper_bound(times_.begin(), times_.end(), t0) - times_.begin();
+  if (grad_mode_) emit(step);
+  py::list outputs;
+  for (const auto& [row, values] : recorded_) outputs.append(py::make_tuple(row, wrap(values)));
+  return py::make_tuple(wrap(step.y1), wrap(f1), outputs);
 }
 
 }  // namespace
@@ -557,8 +615,20 @@ Tolerances tolerances_of(const py::object& problem) {
   return tol;
 }
 
-py::dict solve(py::handle problem, const Table& table, const Interpolant& dense) {
-  return Run(problem, table, dense).solve();
+py::dict solve(py::handle problem, const Table& table, const Interpolant& dense,
+               py::object recording) {
+  return Run(problem, table, dense).solve(std::move(recording));
+}
+
+py::object replay(py::handle problem, const Table& table, const Interpolant& dense,
+                  py::object shifts) {
+  const auto run = std::make_shared<Run>(problem, table, dense);
+  run->prepare_replays(std::move(shifts));
+  return py::cpp_function([run](double t0, double t1, double dt, int landing, const py::object& y0,
+                                const py::object& f0, const py::object& shift0,
+                                const py::object& shift1) {
+    return run->replay(t0, t1, dt, landing, y0, f0, shift0, shift1);
+  });
 }
 
 }  // namespace flashode

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 
 from .errors import SolveError, Status
+
+
+class Landing(IntEnum):
+    """What the end of a step lands on."""
+
+    FREE, STOP, JUMP, END = range(4)
 
 
 @dataclass

@@ -15,10 +15,10 @@ from ..engines import ENGINES
 from ..errors import ArgumentError
 from ..problem import Problem
 from ..solution import Solution, finish
-from . import backsolve
+from . import backsolve, checkpoint
 from .spec import AdjointSpec, Record
 
-_MODES = {"backsolve": backsolve}
+_MODES = {"backsolve": backsolve, "checkpoint": checkpoint}
 
 
 def solve_with_adjoint(
@@ -26,9 +26,17 @@ def solve_with_adjoint(
 ) -> tuple[Solution, torch.Tensor | None]:
     """Solves ``problem`` with gradients to its state, its times and ``params`` by `spec`."""
     # The engine works on values alone; autograd sees one node with these inputs.
-    values = replace(problem, y0=problem.y0.detach(), t=problem.t.detach())
+    grid = problem.grid
+    inputs = problem.y0, problem.t, grid, *params
+    values = replace(
+        problem, y0=problem.y0.detach(), t=problem.t.detach(), grid=None if grid is None else grid.detach()
+    )
+    recording = None
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if spec.mode == "checkpoint" and needed:
+        recording = checkpoint.Recording(engine, spec.checkpoints)
     result = []
-    ys, event_t = _Adjoint.apply(values, spec, engine, result, problem.y0, problem.t, *params)
+    ys, event_t = _Adjoint.apply(values, spec, engine, recording, result, *inputs)
     (solution,) = result
     solution.ys = problem.unflatten(ys, batch=1)
     return solution, (event_t if problem.event_fn is not None else None)
@@ -36,30 +44,40 @@ def solve_with_adjoint(
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem, spec, engine, result, y0, t, *params):
-        outcome = ENGINES[engine].solve(problem)
+    def forward(ctx, problem, spec, engine, recording, result, y0, t, grid, *params):
+        outcome = ENGINES[engine].solve(problem, recording)
         result.append(finish(problem, outcome, engine, throw=True))
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
         times = problem.t if problem.event_fn is None else torch.stack([problem.t[0], event_t])
-        ctx.problem, ctx.spec, ctx.engine, ctx.dt = problem, spec, engine, outcome.dt
+        if recording is not None:
+            recording.event_t = outcome.event_t
+        ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
+        ctx.dt, ctx.recording = outcome.dt, recording
         ctx.autocast = _autocast(problem.y0.device.type)
-        ctx.save_for_backward(times, outcome.ys, *params)
+        given = [None, None, None]
+        if recording is not None:  # for second derivatives; what requires none may be written into
+            given = [x if x is not None and x.requires_grad else None for x in (y0, t, grid)]
+        ctx.save_for_backward(times, outcome.ys, *given, *params)
         ctx.mark_non_differentiable(event_t)
         return outcome.ys, event_t
 
     @staticmethod
     def backward(ctx, grad_ys, _):
-        t, ys, *params = ctx.saved_tensors
-        record = Record(ctx.problem, ctx.spec, t, ys, tuple(params), ctx.engine, ctx.dt)
+        (t, ys, *given), params = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        record = Record(ctx.problem, ctx.spec, t, ys, params, ctx.engine, ctx.dt, ctx.recording)
+        mode, with_graph = _MODES[ctx.spec.mode], torch.is_grad_enabled()
         _require_finite_gradients(t, grad_ys)
         with torch.no_grad(), ctx.autocast():
-            adj_y, grad_t, adj_params = _MODES[ctx.spec.mode].gradients(
-                record, grad_ys, ctx.needs_input_grad[5]
-            )
-        grads = adj_y, grad_t, *adj_params
-        if torch.is_grad_enabled():
+            if with_graph and mode is checkpoint:
+                grads = checkpoint.differentiable_gradients(record, grad_ys, given)
+            else:
+                grads = mode.gradients(record, grad_ys, any(ctx.needs_input_grad[6:8]))
+        # Only `checkpoint` differentiates the grid: to the others, t is the only time there is.
+        adj_y, grad_t, adj_params, grad_grid = grads if mode is checkpoint else (*grads, None)
+        grads = adj_y, grad_t, grad_grid, *adj_params
+        if with_graph and mode is not checkpoint:
             grads = _FirstOnly.apply(torch.zeros((), requires_grad=True), *grads)
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 def _autocast(device_type: str):

@@ -1,7 +1,9 @@
 """The engines, and the choice between them.
 
-An engine is a module with ``supports(problem) -> reason or None`` and ``solve(problem) -> Outcome``;
-its sweep, ``sweep(augmented) -> Gradients``, is the backward solve of `odeint_adjoint`.
+An engine is a module with ``supports(problem) -> reason or None``, ``solve(problem, recording=None) ->
+Outcome``, which adds every accepted step to a recording if there is one, and ``replay(problem, shifts)``,
+which returns a function that takes such a step again; its sweep, ``sweep(augmented) -> Gradients``,
+is the backward solve of `odeint_adjoint`.
 """
 
 from __future__ import annotations

@@ -42,11 +42,16 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def solve(problem: Problem) -> Outcome:
+def solve(problem: Problem, recording=None) -> Outcome:
     """Integrates through all output times."""
     tableau, dense = _table(problem.method.tableau), _interpolant(problem.dense)
-    fields = extension.C.solve(problem, tableau, dense)
+    fields = extension.C.solve(problem, tableau, dense, recording)
     return Outcome(**{**fields, "status": Status(fields["status"])})
+
+
+def replay(problem: Problem, shifts):
+    """Takes accepted steps of a solve again: `engines.reference.Run.replay`, of the C++ loop."""
+    return extension.C.replay(problem, _table(problem.method.tableau), _interpolant(problem.dense), shifts)
 
 
 def sweep(augmented: Augmented) -> Gradients:

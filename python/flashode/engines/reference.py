@@ -19,7 +19,7 @@ from ..errors import ArgumentError, ArgumentTypeError, Status
 from ..events import bisect_event, combine_events
 from ..interp import weights_at
 from ..problem import Problem
-from ..solution import Outcome
+from ..solution import Landing, Outcome
 
 
 def supports(problem: Problem) -> str | None:
@@ -27,15 +27,24 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def solve(problem: Problem) -> Outcome:
+def solve(problem: Problem, recording=None) -> Outcome:
     """Integrates through all output times, or until the event."""
     run = Run(problem)
+    run.recording = recording
     try:
         if problem.event_fn is not None:
             return run.solve_until_event()
         return run.solve()
     except StepFailure as failure:
         return run.outcome(failure.status)
+
+
+def replay(problem: Problem, shifts):
+    """Takes accepted steps of a solve again: `Run.replay`. ``shifts`` are zeros that carry the
+    gradients of the output times, or None."""
+    run = Run(problem)
+    run.shifts, run.replaying = shifts, True
+    return run.replay
 
 
 # ---- arithmetic of one element: csrc/kernels/rk.h ------------------------------------------
@@ -95,9 +104,6 @@ def stage_time(p: Problem, t, shift=None, nudge=0):
 # ---- one solve -----------------------------------------------------------------------------
 
 
-_FREE, _STOP, _JUMP, _END = range(4)  # what the end of a step lands on
-
-
 class StepFailure(Exception):
     """No further step is possible."""
 
@@ -130,7 +136,8 @@ class Run:
         shape = problem.y0.shape
         self.rtol = rtol.reshape(shape) if isinstance(rtol, torch.Tensor) else rtol
         self.atol = atol.reshape(shape) if isinstance(atol, torch.Tensor) else atol
-        self.rows = [problem.y0]
+        self.rows, self.filled = [problem.y0], 1
+        self.recording, self.replaying = None, False
         self.nfe = self.accepted = self.rejected = 0
         self.trials = 0  # steps tried since the last output
         self.next_stop = 0
@@ -219,15 +226,15 @@ class Run:
     def landing(self, t1):
         """The end of the next step, moved back to the first stop it would reach or pass."""
         p = self.p
-        stop, kind = math.inf, _FREE
+        stop, kind = math.inf, Landing.FREE
         while self.next_stop < len(p.stops) and p.stops[self.next_stop][0] <= self.t0:
             self.next_stop += 1
         if self.next_stop < len(p.stops):
             stop, is_jump = p.stops[self.next_stop]
-            kind = _JUMP if is_jump else _STOP
+            kind = Landing.JUMP if is_jump else Landing.STOP
         if not p.overshoot and p.event_fn is None and p.times[-1] <= stop:
-            stop, kind = p.times[-1], _END
-        return (stop, kind) if t1 >= stop else (t1, _FREE)
+            stop, kind = p.times[-1], Landing.END
+        return (stop, kind) if t1 >= stop else (t1, Landing.FREE)
 
     def adaptive_step(self) -> Step:
         """Tries steps until one is accepted."""
@@ -243,11 +250,11 @@ class Run:
                 raise StepFailure(Status.STEP_UNDERFLOW)
             # A free step keeps its own length: t1 - t0 is rounded. No rounding lengthens a step,
             # or one of min_step would be refused, and one near the resolution of t never shrink.
-            self.dt = dt = self.dt if kind == _FREE else min(self.dt, t1 - self.t0)
+            self.dt = dt = self.dt if kind == Landing.FREE else min(self.dt, t1 - self.t0)
             p.report(on_step, self.t0, self.y0, dt)
             shift1 = self.shift0
-            if shift1 is not None and kind != _FREE:
-                shift1 = self.shifts[-1] if kind == _END else torch.zeros_like(shift1)
+            if shift1 is not None and kind != Landing.FREE:
+                shift1 = self.shifts[-1] if kind == Landing.END else torch.zeros_like(shift1)
             k, y1 = self.rk_step(self.f0, t1, dt, shift1)
             self.k, self.y1 = k, y1
             error = weighted_sum(k, [p.direction * dt * e_j for e_j in self.b_err]).detach()
@@ -256,12 +263,8 @@ class Run:
             self.dt = next_step(self.error_ratio, dt, p.control)
             if accept(self.error_ratio, dt, p.control):
                 p.report(on_accept, self.t0, self.y0, dt)
-                step = Step(self.t0, t1, dt, self.y0, y1, k, self.shift0, shift1)
-                # parity: the last stage is the next step's f0, for every method.
-                self.f0 = self.call(t1, y1.clone(), shift1, nudge=1) if kind == _JUMP else k[-1]
-                self.t0, self.y0, self.shift0 = t1, y1, shift1
-                self.accepted += 1
-                self.accepted_times.append(t1)
+                step = self.commit(t1, dt, shift1, kind)
+                self.f0 = self.handed_on(kind)
                 return step
             self.rejected += 1
             p.report(on_reject, self.t0, self.y0, dt)
@@ -281,11 +284,25 @@ class Run:
             self.error_ratio = math.nan
             raise StepFailure(Status.NONFINITE_FIELD)
         self.error_ratio = 0.0
-        step = Step(self.t0, t1, self.dt, self.y0, self.y1, self.k, self.shift0, shift1)
+        return self.commit(t1, self.dt, shift1, Landing.FREE)
+
+    def commit(self, t1, dt, shift1, kind) -> Step:
+        """Makes the candidate the state."""
+        step = Step(self.t0, t1, dt, self.y0, self.y1, self.k, self.shift0, shift1)
+        if self.recording is not None:
+            f0 = self.k[0] if self.p.adaptive else None
+            self.recording.add(self.t0, t1, dt, kind, self.y0, f0)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
         self.accepted += 1
         self.accepted_times.append(t1)
         return step
+
+    def handed_on(self, kind):
+        """The slope that the next step begins with."""
+        # parity: the last stage is the next step's f0, for every method.
+        return (
+            self.call(self.t0, self.y0.clone(), self.shift0, nudge=1) if kind == Landing.JUMP else self.k[-1]
+        )
 
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
@@ -307,14 +324,15 @@ class Run:
         coef = weights_at(dense, x) * signed_dt
         rows = [combine(step.y0, k, row if row.requires_grad else row.tolist()) for row in coef]
         # The extra stages were not seen by the error test.
-        if step.y0.device.type == "cpu" and not torch.isfinite(torch.stack(rows)).all():
+        unseen = step.y0.device.type == "cpu" and not self.replaying
+        if unseen and not torch.isfinite(torch.stack(rows)).all():
             self.k = k
             raise StepFailure(Status.NONFINITE_FIELD)
         return rows
 
     def emit(self, step: Step):
         """Appends every output that lies in the step: its end as computed, others in between."""
-        p, begin = self.p, len(self.rows)
+        p, begin = self.p, self.filled
         end = bisect.bisect_right(p.times, step.t1, lo=begin)
         if end == begin:
             return
@@ -329,6 +347,7 @@ class Run:
             self.rows += self.interpolate(step, p.times[begin:inner], shifts)
         if at_end:
             self.rows.append(step.y1)
+        self.filled = end
 
     def start(self):
         """What a solve needs before its first step."""
@@ -354,9 +373,29 @@ class Run:
     def solve(self) -> Outcome:
         if len(self.p.times) > 1:
             self.start()
-        while len(self.rows) < len(self.p.times):
+        while self.filled < len(self.p.times):
             self.emit(self.advance())
         return self.outcome(Status.SUCCESS)
+
+    def replay(self, t0, t1, dt, kind, y0, f0, shift0, shift1):
+        """An accepted step again, with its graph where gradients are recorded, and then its outputs too.
+
+        ``f0`` is None where the step evaluates it itself; the shifts are None where time has no
+        gradient. Returns the step's end, the slope it hands on (None for fixed steps), and its
+        outputs in pieces, each with the row of its first.
+        """
+        p = self.p
+        self.t0, self.y0, self.shift0 = t0, y0, shift0
+        if f0 is None:
+            f0 = self.call(t0, y0.clone(), shift0, nudge=1 if p.perturb else 0)
+        self.k, self.y1 = self.rk_step(f0, t1, dt, shift1)
+        step = self.commit(t1, dt, shift1, kind)
+        f1 = self.handed_on(kind) if p.adaptive else None
+        row = bisect.bisect_right(p.times, t0)
+        self.rows, self.filled = [], row
+        if torch.is_grad_enabled():
+            self.emit(step)
+        return step.y1, f1, [(row, torch.stack(self.rows))] if self.rows else []
 
     def solve_until_event(self) -> Outcome:
         """Steps until an event changes sign, then bisects on the dense output.
