@@ -1,12 +1,14 @@
-"""The example as a user runs it: in a process of its own, from another folder, with good and bad data."""
+"""The examples as a user runs them: in processes of their own, from another folder, with good and bad data."""
 
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SHIPPED = EXAMPLES / "data" / "spiral.csv"
@@ -84,6 +86,35 @@ def test_spiral_ends_with_one_line_on_bad_data(tmp_path, name, message):
     done = spiral(tmp_path, "--data", name)
     assert done.returncode != 0
     assert done.stderr == f"spiral.py: {name}: {message}\n"
+
+
+def distributed(folder, *args, launcher=()):
+    command = [sys.executable, *launcher, EXAMPLES / "distributed.py", *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_distributed_trains_in_two_processes_as_in_one(tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch was built without gloo")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    errors = []
+    for processes, launcher in ((1, ()), (2, torchrun)):
+        done = distributed(tmp_path, "--quick", launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        rows = re.findall(r"^ +(\d) +(\d+) ", done.stdout, re.M)
+        assert rows == [(str(rank), str(256 // processes)) for rank in range(processes)]
+        assert "differs between processes by 0\n" in done.stdout
+        errors.append(float(re.search(r"rms error on 1,000 other states: ([\d.]+)", done.stdout)[1]))
+    assert 0 < errors[0] < 0.5 and errors[1] == pytest.approx(errors[0], rel=1e-2)
+
+
+def test_distributed_refuses_a_batch_that_cannot_be_shared_out(tmp_path):
+    done = distributed(tmp_path, "--batch", "0")
+    assert done.returncode == 2
+    assert "--batch must be a multiple of the number of processes, 1, got 0" in done.stderr
 
 
 def test_shipped_data_is_what_its_script_writes():
