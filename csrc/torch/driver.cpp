@@ -103,6 +103,8 @@ class Run {
   Step commit(double t1, double dt, const at::Tensor& shift1, Landing kind);
   at::Tensor handed_on(Landing kind);
   void report(const py::object& callback, double dt);
+  void extend(const Step& step);
+  at::Tensor polynomial(const Step& step);
   void interpolate(const Step& step, int64_t begin, int64_t end);
   void emit(const Step& step);
 
@@ -130,6 +132,7 @@ class Run {
   at::Tensor ys_;
   std::vector<std::pair<int64_t, at::Tensor>> recorded_;  // outputs with gradients, by first row
   py::object recording_ = py::none();                     // of the accepted steps, if asked for
+  bool as_polynomials_ = false;                           // whether it takes what dense output makes
 
   // Where the solve stands.
   std::vector<at::Tensor> k_;  // slopes of the last trial step
@@ -430,8 +433,12 @@ Step Run::fixed_step(double t1, const at::Tensor& shift1) {
 Step Run::commit(double t1, double dt, const at::Tensor& shift1, Landing kind) {
   const Step step{t0_, t1, dt, current_.flat, candidate_.flat, shift0_, shift1};
   if (!recording_.is_none()) {
-    const at::Tensor f0 = adaptive_ ? k_[0] : at::Tensor();
-    recording_.attr("add")(t0_, t1, dt, int(kind), wrap(step.y0), wrap(f0));
+    if (as_polynomials_) {
+      recording_.attr("add")(t0_, t1, wrap(polynomial(step)));
+    } else {
+      const at::Tensor f0 = adaptive_ ? k_[0] : at::Tensor();
+      recording_.attr("add")(t0_, t1, dt, int(kind), wrap(step.y0), wrap(f0));
+    }
   }
   std::swap(current_, candidate_);
   t0_ = t1;
@@ -444,25 +451,47 @@ Step Run::commit(double t1, double dt, const at::Tensor& shift1, Landing kind) {
 // The slope that the next step begins with.
 at::Tensor Run::handed_on(Landing kind) {
   // parity: the last stage is the next step's f0, for every method.
-  return kind == kJump ? call_at_state(shift0_, 1) : k_.back();
+  return kind == kJump ? call_at_state(shift0_, 1) : k_[table_.c.size() - 1];
 }
 
 void Run::report(const py::object& callback, double dt) {
   if (!callback.is_none()) p_.attr("report")(callback, t0_, wrap(current_.flat), dt);
 }
 
-// Rows begin to end of the outputs, all inside the step: one pass over its slopes.
-void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
-  const double dt = step.dt, length = step.t1 - step.t0, signed_dt = direction_ * dt;
+// Evaluates the stages that dense output adds, unless they are there.
+void Run::extend(const Step& step) {
+  if (k_.size() > table_.c.size()) return;
   for (size_t i = 0; i < dense_.extra_c.size(); ++i) {
     const double c_i = dense_.extra_c[i];
-    const double t_i = c_i == 1 ? step.t1 : step.t0 + c_i * dt;
+    const double t_i = c_i == 1 ? step.t1 : step.t0 + c_i * step.dt;
     at::Tensor shift_i;
     if (stretch_.defined()) shift_i = step.shift0.add(stretch_.mul(c_i));
     const TimeTarget time = field_.stage_time(t_i, 0);
-    combine(stage_, step.y0, dense_.extra_a[i], signed_dt, time);
+    combine(stage_, step.y0, dense_.extra_a[i], direction_ * step.dt, time);
     k_.push_back(field_.call_at_stage_time(stage_, shift_i));
   }
+}
+
+// y over the step: its value at the start, and the coefficients of x, x^2, ...
+at::Tensor Run::polynomial(const Step& step) {
+  extend(step);
+  const auto degree = int64_t(dense_.weights[0].size());
+  std::vector<double> coef;
+  for (int64_t power = 0; power < degree; ++power) {
+    for (const auto& weights : dense_.weights) coef.push_back(weights[power] * direction_ * step.dt);
+  }
+  std::vector<int64_t> shape = step.y0.sizes().vec();
+  shape.insert(shape.begin(), 1 + degree);
+  const at::Tensor rows = at::empty(shape, step.y0.options());
+  rows.select(0, 0).copy_(step.y0);
+  run_combine({}, terms_of(dense_.stage), coef.data(), degree, rows.narrow(0, 1, degree));
+  return rows;
+}
+
+// Rows begin to end of the outputs, all inside the step: one pass over its slopes.
+void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
+  const double dt = step.dt, length = step.t1 - step.t0, signed_dt = direction_ * dt;
+  extend(step);
   // The extra stages were not seen by the error test.
   const bool unseen = !dense_.extra_c.empty() && step.y0.is_cpu() && !replaying_;
   const int64_t rows = end - begin, stages = int64_t(dense_.stage.size());
@@ -535,6 +564,7 @@ void Run::emit(const Step& step) {
 py::dict Run::solve(py::object recording) {
   const c10::OptionalDeviceGuard device(y_begin_.device());
   recording_ = std::move(recording);
+  as_polynomials_ = !recording_.is_none() && recording_.attr("as_polynomials").cast<bool>();
   begin();
   try {
     if (times_.size() == 1) return outcome(kSuccess);

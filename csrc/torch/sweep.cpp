@@ -20,6 +20,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "native.h"
@@ -69,6 +70,7 @@ class Sweep {
   void fixed_step(double t1);
   void pull_back(double t1, double dt);
   at::Tensor states_at(const std::vector<double>& positions, double dt);
+  at::Tensor on_path(double t, const TimeTarget& time = {});
   void arrive(const End& end);
 
   at::Tensor fresh();
@@ -92,6 +94,9 @@ class Sweep {
   const std::vector<std::pair<double, bool>> stops_;
   const py::object on_step_, on_accept_, on_reject_;
   const std::pair<double, double> tolerances_;
+  const bool has_path_;
+  std::vector<double> path_begins_, path_ends_;  // on the clock of the forward solve
+  Tensors path_;                                 // its polynomials
   Vjp vjp_;
   Controller control_;
   Tolerances tol_;
@@ -157,6 +162,7 @@ Sweep::Sweep(py::handle augmented, const Table& table, const Interpolant& dense)
       on_accept_(p_.attr("callbacks")[py::int_(1)]),
       on_reject_(p_.attr("callbacks")[py::int_(2)]),
       tolerances_(g_.attr("tolerances").cast<std::pair<double, double>>()),
+      has_path_(!g_.attr("path").is_none()),
       vjp_(field_, [&] {
         Tensors params;
         for (const py::handle param : g_.attr("params")) params.push_back(unpack(param));
@@ -172,6 +178,11 @@ Sweep::Sweep(py::handle augmented, const Table& table, const Interpolant& dense)
   tol_ = tolerances_of(p_);
   c_.insert(c_.end(), dense.extra_c.begin(), dense.extra_c.end());
   a_.insert(a_.end(), dense.extra_a.begin(), dense.extra_a.end());
+  if (has_path_) {
+    path_begins_ = g_.attr("path").attr("begins").cast<std::vector<double>>();
+    path_ends_ = g_.attr("path").attr("ends").cast<std::vector<double>>();
+    for (const py::handle rows : g_.attr("path").attr("polynomials")) path_.push_back(unpack(rows));
+  }
   y_ = ys_.select(0, -1);
   adj_ = grad_ys_.select(0, -1);
   const bool seminorm = g_.attr("seminorm").cast<bool>();
@@ -233,8 +244,10 @@ void Sweep::add(const Tensors& products, double w_value, double w_error, bool fi
 Decision Sweep::error_norm(const at::Tensor& y1, const Terms& k, const double* of_y,
                            const at::Tensor& adj1, const Terms& adj_k, const double* of_adj,
                            double dt) {
+  const Terms no_terms{};
+  const Terms& y_terms = has_path_ ? no_terms : k;  // y has no error where it is given
   if (!has_norm_) {
-    const Change states[] = {{y_, y1, k, of_y, tol_}, {adj_, adj1, adj_k, of_adj, tol_}};
+    const Change states[] = {{y_, y1, y_terms, of_y, tol_}, {adj_, adj1, adj_k, of_adj, tol_}};
     const Quadrature quadrature{counted_.start, counted_.end, counted_.error, tolerances_.first,
                                 tolerances_.second};
     return norm_.decide(states, &quadrature, 0, dt, control_);
@@ -250,7 +263,7 @@ Decision Sweep::error_norm(const at::Tensor& y1, const Terms& k, const double* o
   const py::object vjp_t = integrals[0];
   integrals.attr("pop")(0);
   const py::object value =
-      g_.attr("norm_value")(vjp_t, wrap(run_scaled_error(y_, y1, k, of_y, tol_)),
+      g_.attr("norm_value")(vjp_t, wrap(run_scaled_error(y_, y1, y_terms, of_y, tol_)),
                             wrap(run_scaled_error(adj_, adj1, adj_k, of_adj, tol_)), integrals);
   return decide(value.cast<double>(), dt, control_);
 }
@@ -281,7 +294,8 @@ double Sweep::first_step() {
   const double h0 = std::min(first_guess(d0, d1), times_.back() - t0_);
   const Row euler({1.0});
   const TimeTarget time = vjp_.set_time(t0_ + h0, 0);
-  const at::Tensor y = combined(y_, {slopes_.f}, euler, direction_ * h0, time);
+  const at::Tensor y = has_path_ ? on_path(t0_ + h0, time)
+                                 : combined(y_, {slopes_.f}, euler, direction_ * h0, time);
   const Slopes probe = vjp_.evaluate(y, combined(adj_, {slopes_.of_y}, euler, -direction_ * h0), true);
   products_as_error(probe.of_integrals, 1, true);
   products_as_error(slopes_.of_integrals, -1, false);
@@ -318,7 +332,8 @@ void Sweep::rk_step(double t1, double dt) {
     const bool at_end = c_[i] == 1, last = i == stages - 1;
     const TimeTarget time = vjp_.set_time(at_end ? t1 : t0_ + c_[i] * dt,
                                           at_end && (adaptive_ || perturb_) ? -1 : 0);
-    y1_ = combined(y_, k_, a_[i], signed_dt, time);
+    y1_ = has_path_ ? on_path(at_end ? t1 : t0_ + c_[i] * dt, time)
+                    : combined(y_, k_, a_[i], signed_dt, time);
     adj1_ = combined(adj0, adj_k_, a_[i], -signed_dt);
     // A stage without weight is no part of any integral; the last one may begin the next step.
     const bool weighs = b_[i] != 0 || b_err_[i] != 0;
@@ -329,7 +344,7 @@ void Sweep::rk_step(double t1, double dt) {
     if (weighs) add(last_.of_integrals, -signed_dt * b_[i], -signed_dt * b_err_[i], false);
   }
   if (!table_.fsal) {
-    y1_ = combined(y_, k_, table_.b, signed_dt);
+    y1_ = has_path_ ? on_path(t1) : combined(y_, k_, table_.b, signed_dt);
     adj1_ = combined(adj0, adj_k_, table_.b, -signed_dt);
   }
 }
@@ -470,6 +485,11 @@ void Sweep::pull_back(double t1, double dt) {
 
 // y at positions in [0, 1] of the step, one row each.
 at::Tensor Sweep::states_at(const std::vector<double>& positions, double dt) {
+  if (has_path_) {
+    Tensors states;
+    for (const double x : positions) states.push_back(on_path(t0_ + x * dt));
+    return at::stack(states);
+  }
   const double signed_dt = direction_ * dt;
   const size_t stages = table_.c.size();
   Tensors k = k_;
@@ -492,6 +512,22 @@ at::Tensor Sweep::states_at(const std::vector<double>& positions, double dt) {
   return states;
 }
 
+// y at a time of the sweep, from the path.
+at::Tensor Sweep::on_path(double t, const TimeTarget& time) {
+  const double forward = -t;  // the two clocks run against each other
+  const auto found = std::lower_bound(path_ends_.begin(), path_ends_.end(), forward);
+  const size_t i = std::min(size_t(found - path_ends_.begin()), path_ends_.size() - 1);
+  const double x = (forward - path_begins_[i]) / (path_ends_[i] - path_begins_[i]);
+  Tensors coefficients;
+  Row powers;
+  for (int64_t power = 1; power < path_[i].size(0); ++power) {
+    powers.stage.push_back(int(power) - 1);
+    powers.weight.push_back(std::pow(x, power));
+    coefficients.push_back(path_[i].select(0, power));
+  }
+  return combined(path_[i].select(0, 0), coefficients, powers, 1, time);
+}
+
 // Makes the end of the step the state. At an output the gradient enters, and the state as it was
 // stored takes the place of the rebuilt one.
 void Sweep::arrive(const End& end) {
@@ -499,7 +535,7 @@ void Sweep::arrive(const End& end) {
   if (times_[end.outputs - 1] == end.t) {
     const int64_t row = int64_t(times_.size()) - end.outputs;
     const at::Tensor stored = ys_.select(0, row);
-    if (adaptive_) {
+    if (adaptive_ && !has_path_) {
       const Tensors both = {y1_, stored};
       const double difference[] = {1, -1};
       drifts_.push_back(norm_.compute({y1_, stored, terms_of(both, {0, 1}), difference, tol_}));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,34 @@ import torch
 from . import arguments
 from .errors import Status
 from .problem import Problem
+
+
+@dataclass
+class Path:
+    """A solve as one polynomial a step: what its dense output makes of it.
+
+    Times are on the forward clock of the solve. ``polynomials[i]`` has shape (1 + degree, *state)
+    and holds y at ``begins[i]`` and the coefficients of x, x^2, ..., where x runs from 0 there to 1
+    at ``ends[i]``.
+    """
+
+    begins: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    polynomials: list[torch.Tensor] = field(default_factory=list)
+    as_polynomials = True
+
+    def add(self, t0: float, t1: float, polynomial: torch.Tensor):
+        """Called by an engine for every step it accepts."""
+        self.begins.append(t0)
+        self.ends.append(t1)
+        self.polynomials.append(polynomial)
+
+    def __call__(self, t: float) -> torch.Tensor:
+        """y at a time of the solve."""
+        i = min(bisect.bisect_left(self.ends, t), len(self.ends) - 1)
+        x = (t - self.begins[i]) / (self.ends[i] - self.begins[i])
+        y, *coefficients = self.polynomials[i]
+        return y + sum(x ** (power + 1) * c for power, c in enumerate(coefficients))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +58,7 @@ class Augmented:
         params: tensors that get a gradient.
         needs_t: whether ``vjp_t`` is wanted.
         seminorm: whether ``adj_params`` are left out of step-size control.
+        path: y as a function of time, where it is not to be solved for again; else None.
         first_step: size of the first step to try, or None to choose one.
         examine: called once, with the first slope, the leaf y and the leaf t behind it.
     """
@@ -40,6 +70,7 @@ class Augmented:
     params: tuple[torch.Tensor, ...]
     needs_t: bool
     seminorm: bool
+    path: Path | None
     first_step: float | None
     examine: Callable
 

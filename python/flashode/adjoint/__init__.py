@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ..augmented import Path
 from ..engines import ENGINES
 from ..errors import ArgumentError
 from ..problem import Problem
@@ -18,7 +19,7 @@ from ..solution import Solution, finish
 from . import backsolve, checkpoint
 from .spec import AdjointSpec, Record
 
-_MODES = {"backsolve": backsolve, "checkpoint": checkpoint}
+_MODES = {"backsolve": backsolve, "interpolated": backsolve, "checkpoint": checkpoint}
 
 
 def solve_with_adjoint(
@@ -35,6 +36,8 @@ def solve_with_adjoint(
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if spec.mode == "checkpoint" and needed:
         recording = checkpoint.Recording(engine, spec.checkpoints)
+    if spec.mode == "interpolated" and needed:
+        recording = Path()
     result = []
     ys, event_t = _Adjoint.apply(values, spec, engine, recording, result, *inputs)
     (solution,) = result

@@ -3,7 +3,8 @@
 With ``a(t) = dL/dy(t)``, the adjoint obeys ``da/dt = -a^T df/dy`` and accumulates
 ``dL/dp = -int a^T df/dp dt`` on the way back from the last output to the first (Chen, Rubanova,
 Bettencourt, Duvenaud, *Neural Ordinary Differential Equations*, 2018, appendix B). The state is
-rebuilt backwards along with it, so nothing of the forward solve is kept but its outputs.
+rebuilt backwards along with it, so nothing of the forward solve is kept but its outputs; or it is
+read off the forward solve's dense output, where that was kept (``interpolated``).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _DRIFT, _DRIFT_OF_STATE = 1e4, 0.3
 def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
     """To the state, to the times (None unless asked for) and to the parameters."""
     grad_t = _moved(record, grad_ys) if needs_t else None
-    if record.spec.restart or _only_restart_serves(record):
+    if record.steps is None and (record.spec.restart or _only_restart_serves(record)):
         vjp_t, adj_y, adj_params = restart.sweep(record, grad_ys, grad_t)
     else:
         augmented = _augmented(record, grad_ys, needs_t)
@@ -90,9 +91,10 @@ class _Backwards:
 
 def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
     forward, spec, ys = record.problem, record.spec, record.ys
+    options = {name: value for name, value in spec.options.items() if name != "overshoot"}
     y, t = forward.unflatten(ys[-1]), record.t.flip(0)
     problem = Problem.from_call(
-        _Backwards(forward.func), y, t, spec.rtol, spec.atol, spec.method, spec.options, None, forward.args
+        _Backwards(forward.func), y, t, spec.rtol, spec.atol, spec.method, options, None, forward.args
     )
     problem = replace(problem, func=forward.func)
     if not problem.adaptive and not problem.steps_on_times:
@@ -109,6 +111,7 @@ def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
         params=record.params,
         needs_t=needs_t,
         seminorm=spec.seminorm,
+        path=record.steps,
         first_step=first_step,
         examine=lambda value, y, t: warn_unlisted(forward.func, value, (y, t, *record.params)),
     )

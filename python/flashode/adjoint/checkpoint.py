@@ -39,6 +39,7 @@ class Recording:
     stride: int = 1
     held: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     event_t: float = math.nan
+    as_polynomials = False
 
     def add(self, t0, t1, dt, landing, y0, f0):
         """Called by an engine for every step it accepts."""

@@ -84,6 +84,11 @@ def make_spec(
     if adjoint_options is None:
         adjoint_options = {k: v for k, v in (func_options or {}).items() if k != "norm"}
     options = dict(adjoint_options)
+    if mode == "interpolated" and not problem.adaptive:
+        raise ArgumentError(
+            f"adjoint='interpolated' needs a forward method with step-size control, whose dense output is of its "
+            f"order; method={problem.method.name!r} has none: use adjoint='checkpoint'"
+        )
     norm = options.pop("norm", None)
     restart = arguments.flag(options, "restart", "adjoint_options")
     options.pop("restart", None)

@@ -290,8 +290,11 @@ class Run:
         """Makes the candidate the state."""
         step = Step(self.t0, t1, dt, self.y0, self.y1, self.k, self.shift0, shift1)
         if self.recording is not None:
-            f0 = self.k[0] if self.p.adaptive else None
-            self.recording.add(self.t0, t1, dt, kind, self.y0, f0)
+            if self.recording.as_polynomials:
+                self.recording.add(self.t0, t1, self.polynomial(step))
+            else:
+                f0 = self.k[0] if self.p.adaptive else None
+                self.recording.add(self.t0, t1, dt, kind, self.y0, f0)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
         self.accepted += 1
         self.accepted_times.append(t1)
@@ -304,6 +307,27 @@ class Run:
             self.call(self.t0, self.y0.clone(), self.shift0, nudge=1) if kind == Landing.JUMP else self.k[-1]
         )
 
+    def extend(self, step: Step, signed_dt):
+        """Evaluates the stages that dense output adds, unless they are there."""
+        dense = self.p.dense
+        if len(step.k) == len(dense.weights):
+            return
+        step.k = list(step.k)
+        for c_i, a_i in zip(dense.extra_c, dense.extra_a):
+            coef = [float(a_ij) * signed_dt for a_ij in a_i]
+            t_i = step.t1 if c_i == 1 else step.t0 + float(c_i) * step.dt
+            shift_i = None
+            if step.shift0 is not None:
+                shift_i = step.shift0 + float(c_i) * (step.shift1 - step.shift0)
+            step.k.append(self.call(t_i, combine(step.y0, step.k, coef), shift_i))
+
+    def polynomial(self, step: Step):
+        """y over the step: its value at the start, and the coefficients of x, x^2, ..."""
+        signed_dt = self.p.direction * step.dt
+        self.extend(step, signed_dt)
+        coefficients = [weighted_sum(step.k, row) for row in (self.p.dense.matrix.T * signed_dt).tolist()]
+        return torch.stack([step.y0, *(c.to(step.y0.dtype) for c in coefficients)])
+
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
         p, dense = self.p, self.p.dense
@@ -315,12 +339,8 @@ class Run:
             stretch = step.shift1 - step.shift0
             x = x + (shifts - step.shift0 - x * stretch) / dt
             signed_dt = signed_dt + p.direction * stretch
-        k = list(step.k)
-        for c_i, a_i in zip(dense.extra_c, dense.extra_a):
-            coef = [float(a_ij) * signed_dt for a_ij in a_i]
-            t_i = step.t1 if c_i == 1 else step.t0 + float(c_i) * dt
-            shift_i = None if step.shift0 is None else step.shift0 + float(c_i) * stretch
-            k.append(self.call(t_i, combine(step.y0, k, coef), shift_i))
+        self.extend(step, signed_dt)
+        k = step.k
         coef = weights_at(dense, x) * signed_dt
         rows = [combine(step.y0, k, row if row.requires_grad else row.tolist()) for row in coef]
         # The extra stages were not seen by the error test.

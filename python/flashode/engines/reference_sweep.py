@@ -103,6 +103,8 @@ class Sweep:
         """Of the augmented state, relative to the tolerances."""
         g, p = self.g, self.p
         rtol, atol = g.tolerances
+        if g.path is not None:
+            y_error = torch.zeros_like(y_error)
         y = scaled_error(y_error, self.y, y1, self.rtol, self.atol)
         adj = scaled_error(adj_error, self.adj, adj1, self.rtol, self.atol)
         integrals = [
@@ -130,8 +132,9 @@ class Sweep:
             raise StepFailure(Status.NONFINITE_FIELD)
         h0 = min(first_guess(d0, d1), p.times[-1] - self.t0)
         signed = p.direction * h0
+        self.k = [f]
         probe = self.evaluate(
-            self.t0 + h0, combine(self.y, [f], [signed]), combine(self.adj, [of_y], [-signed])
+            self.t0 + h0, self.y_at(self.t0 + h0, [signed]), combine(self.adj, [of_y], [-signed])
         )
         d2 = self.error_norm(
             wide(probe[0]) - wide(f),
@@ -167,10 +170,11 @@ class Sweep:
         for i in range(1, len(self.c)):
             c_i, last = self.c[i], i == len(self.c) - 1
             at_end = c_i == 1
-            y_i = combine(self.y, self.k, [a_ij * signed for a_ij in self.a[i]])
+            t_i = t1 if at_end else self.t0 + c_i * dt
+            y_i = self.y_at(t_i, [a_ij * signed for a_ij in self.a[i]])
             adj_i = combine(adj0, self.adj_k, [-a_ij * signed for a_ij in self.a[i]])
             f, of_y, products = self.evaluate(
-                t1 if at_end else self.t0 + c_i * dt, y_i, adj_i,
+                t_i, y_i, adj_i,
                 # A stage without weight is no part of any integral; the last one may begin the next step.
                 with_params=self.b[i] != 0 or b_err[i] != 0 or last,
                 nudge=-1 if at_end and (p.adaptive or p.perturb) else 0,
@@ -182,9 +186,13 @@ class Sweep:
         if fsal:
             self.y1, adj1 = y_i, adj_i
         else:
-            self.y1 = combine(self.y, self.k, [b_j * signed for b_j in self.b])
+            self.y1 = self.y_at(t1, [b_j * signed for b_j in self.b])
             adj1 = combine(adj0, self.adj_k, [-b_j * signed for b_j in self.b])
         return self.y1, adj1, integrals, errors, (f, of_y, products)
+
+    def y_at(self, t, coef):
+        """``y + sum_j coef_j k_j``, or from the path where there is one: the clocks run against each other."""
+        return combine(self.y, self.k, coef) if self.g.path is None else self.g.path(-t)
 
     def landing(self, t1):
         """The end of the next step, whether the field jumps there, and the outputs up to it."""
@@ -287,6 +295,8 @@ class Sweep:
     def states_at(self, positions, dt):
         """y at positions in [0, 1] of the step."""
         p = self.p
+        if self.g.path is not None:
+            return [self.g.path(-(self.t0 + x * dt)) for x in positions]
         signed = p.direction * dt
         k = list(self.k)
         for i in range(len(self.c), len(self.all_c)):
@@ -305,7 +315,7 @@ class Sweep:
         if p.times[end - 1] == t1:
             row = len(p.times) - end
             stored = g.ys[row]
-            if p.adaptive:
+            if p.adaptive and g.path is None:
                 distance = scaled_error(wide(y1) - wide(stored), y1, stored, self.rtol, self.atol)
                 drift = mean_square_norm(distance, p.norm_offsets)
                 if not drift <= self.drift:
