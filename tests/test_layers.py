@@ -12,7 +12,7 @@ PACKAGE = ROOT / "python/flashode"
 # A module imports from modules further up only.
 LAYERS = [
     ["errors", "tableau", "control", "events", "extension"],
-    ["interp"],
+    ["interp", "transforms"],
     ["methods"],
     ["arguments"],
     ["problem"],

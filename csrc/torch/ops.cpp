@@ -465,8 +465,6 @@ struct Combine : public torch::autograd::Function<Combine> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& y0,
                             at::TensorList k, const at::Tensor& coef) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const int64_t slopes = int64_t(k.size());
-    ctx->saved_data["slopes"] = slopes;
     // The slopes are needed only for the gradient of the coefficients, that is, of time.
     std::vector<at::Tensor> saved = {coef};
     if (coef.requires_grad()) saved.insert(saved.end(), k.begin(), k.end());
@@ -478,8 +476,8 @@ struct Combine : public torch::autograd::Function<Combine> {
                                                  torch::autograd::variable_list grads) {
     const at::Tensor& g = grads[0];
     const auto saved = ctx->get_saved_variables();
-    const int64_t slopes = ctx->saved_data["slopes"].toInt();
     const at::Tensor& coef = saved[0];
+    const int64_t slopes = coef.size(-1);
     torch::autograd::variable_list result(slopes + 2);
     if (!g.defined()) return result;
     const bool one_row = coef.dim() == 1;
@@ -489,20 +487,14 @@ struct Combine : public torch::autograd::Function<Combine> {
     }
     at::Tensor weights = coef;
     if (int64_t(needed.size()) < slopes) weights = coef.index_select(-1, at::tensor(needed));
-    std::vector<int64_t> target;
-    for (const int64_t j : needed) target.push_back(1 + j);
-    if (ctx->needs_input_grad(0)) {
-      if (one_row) {
-        result[0] = g;
-      } else {
-        weights = at::cat({weights, at::ones({coef.size(0), 1}, coef.options())}, 1);
-        target.push_back(0);
-      }
-    }
-    if (!target.empty()) {
+    const bool sums_rows = ctx->needs_input_grad(0) && !one_row;  // a slope with weights of one
+    if (sums_rows) weights = at::cat({weights, at::ones({coef.size(0), 1}, coef.options())}, 1);
+    if (weights.size(-1) > 0) {
       const std::vector<at::Tensor> parts = spread_op(g, weights).unbind(0);
-      for (size_t i = 0; i < target.size(); ++i) result[target[i]] = parts[i];
+      for (size_t i = 0; i < needed.size(); ++i) result[1 + needed[i]] = parts[i];
+      if (sums_rows) result[0] = parts.back();
     }
+    if (ctx->needs_input_grad(0) && one_row) result[0] = g;
     if (ctx->needs_input_grad(slopes + 1)) {
       const at::TensorList k = at::TensorList(saved).slice(1);
       result[slopes + 1] = k.empty() ? at::zeros_like(coef) : inner_op(g, k).to(at::kCPU);

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from . import transforms
 from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
 from .engines import ENGINES, choose
+from .errors import ArgumentError
 from .problem import Problem
 from .solution import Solution, finish
 
@@ -126,6 +128,10 @@ def odeint_adjoint(
         >>> round(w.grad.item(), 4)
         -0.3679
     """
+    if reason := transforms.active():
+        raise ArgumentError(
+            f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
+        )
     params = collect_params(func, adjoint_params, args)
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)

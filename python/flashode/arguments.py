@@ -16,6 +16,7 @@ import torch
 from .control import Controller
 from .errors import ArgumentError, ArgumentTypeError
 from .methods import METHODS, Method
+from .transforms import is_batched, require_readable
 
 ADAPTIVE_OPTIONS = (
     "first_step safety ifactor dfactor min_step max_step max_num_steps dtype step_t jump_t norm overshoot"
@@ -88,9 +89,11 @@ def _state_member(y, name):
 
 
 def require_finite(y0, shapes, method):
-    # A fixed-step solve on a GPU never waits for the device, not even for this check.
-    if y0.device.type != "cpu" and not method.adaptive:
+    # A fixed-step solve on a GPU never waits for the device, not even for this check; and vmap lets
+    # nobody look.
+    if not method.adaptive and (y0.device.type != "cpu" or is_batched(y0)):
         return
+    require_readable(y0, "step-size control")
     # A sum is finite only where every term is, and takes one pass over the state.
     if cmath.isfinite(y0.detach().sum().item()):
         return
@@ -158,6 +161,7 @@ def forward_times(t, name) -> tuple[list[float], float]:
     if not isinstance(t, torch.Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {kind_of(t)}")
     require_dense(name, t)
+    require_readable(t, f"the check of {name}")
     if not t.is_floating_point():
         raise ArgumentTypeError(f"`{name}` must be a floating point Tensor but is a {t.dtype}")
     if t.ndim != 1:

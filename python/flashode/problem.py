@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from . import arguments
+from . import arguments, transforms
 from .arguments import MAX_NUM_STEPS, kind_of, require_dense
 from .control import Controller
 from .errors import ArgumentError, ArgumentTypeError
@@ -80,6 +80,8 @@ class Problem:
 
     @cached_property
     def differentiates_time(self) -> bool:
+        if transforms.active():  # which of them reach t is theirs to know
+            return True
         return torch.is_grad_enabled() and (
             self.t.requires_grad or (self.grid is not None and self.grid.requires_grad)
         )

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from .. import extension
+from .. import extension, transforms
 from ..augmented import Augmented, Gradients
 from ..errors import Status
 from ..interp import Dense
@@ -37,9 +37,7 @@ def supports(problem: Problem) -> str | None:
         return "the members of y0 have different dtypes"
     if type(y0) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
         return "y0 is a tensor subclass, or a dispatch mode is active"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a torch.func transform is active"
-    return None
+    return transforms.active()
 
 
 def solve(problem: Problem, recording=None) -> Outcome:

@@ -20,6 +20,7 @@ from ..events import bisect_event, combine_events
 from ..interp import weights_at
 from ..problem import Problem
 from ..solution import Landing, Outcome
+from ..transforms import is_batched, require_readable
 
 
 def supports(problem: Problem) -> str | None:
@@ -148,7 +149,7 @@ class Run:
         self.f0: torch.Tensor | None = None
         self.k: list[torch.Tensor] = []
         self.y1: torch.Tensor | None = None
-        # x - x.detach() is zero and has the gradient of x.
+        # x - x.detach() is zero and has the gradient of x, forwards as backwards.
         clock = problem.direction * problem.t.to("cpu", torch.float64)
         self.shifts = clock - clock.detach() if problem.differentiates_time else None
         self.shift0 = None if self.shifts is None else self.shifts[0]
@@ -175,6 +176,7 @@ class Run:
 
     def error_norm(self, x):
         p = self.p
+        require_readable(x, "step-size control")
         return p.norm_value(x) if p.norm else mean_square_norm(x, p.norm_offsets)
 
     def first_step(self, f0):
@@ -279,8 +281,7 @@ class Run:
         p.report(p.callbacks[0], self.t0, self.y0, self.dt)
         f0 = self.call(self.t0, self.y0.clone(), self.shift0, nudge=1 if p.perturb else 0)
         self.k, self.y1 = self.rk_step(f0, t1, self.dt, shift1)
-        # A fixed-step solve on a GPU never waits for the device, not even for this check.
-        if self.y1.device.type == "cpu" and not torch.isfinite(self.y1).all():
+        if self.is_seen_nonfinite(self.y1):
             self.error_ratio = math.nan
             raise StepFailure(Status.NONFINITE_FIELD)
         self.error_ratio = 0.0
@@ -328,6 +329,11 @@ class Run:
         coefficients = [weighted_sum(step.k, row) for row in (self.p.dense.matrix.T * signed_dt).tolist()]
         return torch.stack([step.y0, *(c.to(step.y0.dtype) for c in coefficients)])
 
+    def is_seen_nonfinite(self, y):
+        """Whether ``y`` is not finite, where that can be seen: a fixed-step solve on a GPU never waits
+        for the device, and vmap lets nobody look."""
+        return y.device.type == "cpu" and not is_batched(y) and not torch.isfinite(y).all()
+
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
         p, dense = self.p, self.p.dense
@@ -342,10 +348,9 @@ class Run:
         self.extend(step, signed_dt)
         k = step.k
         coef = weights_at(dense, x) * signed_dt
-        rows = [combine(step.y0, k, row if row.requires_grad else row.tolist()) for row in coef]
+        rows = [combine(step.y0, k, row.tolist() if step.shift0 is None else row) for row in coef]
         # The extra stages were not seen by the error test.
-        unseen = step.y0.device.type == "cpu" and not self.replaying
-        if unseen and not torch.isfinite(torch.stack(rows)).all():
+        if not self.replaying and self.is_seen_nonfinite(torch.stack(rows)):
             self.k = k
             raise StepFailure(Status.NONFINITE_FIELD)
         return rows
@@ -459,6 +464,7 @@ class Run:
         if not isinstance(values, torch.Tensor):
             raise ArgumentTypeError(f"event_fn must return a Tensor, got {type(values).__name__}")
         require_dense("what event_fn returned", values)
+        require_readable(values, "the search for events")
         if values.numel() == 0 or values.is_complex():
             raise ArgumentError(
                 f"event_fn must return a sign or several, got {values.dtype} of shape {tuple(values.shape)}"
