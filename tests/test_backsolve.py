@@ -201,6 +201,79 @@ def test_stored_outputs_hold_the_rebuilt_state_on_its_track(engine):
     assert off_by(got, truth) < 1e-5
 
 
+def test_the_path_of_the_forward_solve_serves_where_the_state_cannot_be_rebuilt(engine):
+    y0 = torch.tensor([2.0, 0.0], dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 20.0], dtype=F64)
+    grads = []
+    for arguments in ({"adjoint": "interpolated", "engine": engine}, {"rtol": 1e-11, "atol": 1e-12}):
+        ys = flashode.odeint_adjoint(
+            van_der_pol, y0, t, adjoint_params=(), **({"adjoint": "checkpoint"} | arguments)
+        )
+        grads.append(torch.autograd.grad(ys[-1].sum(), y0)[0])
+    assert off_by(*grads) < 1e-5
+    assert [round(g, 2) for g in grads[0].tolist()] == [2.61, 0.96]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "tsit5", "bosh3", "fehlberg45"])
+def test_along_the_path_engines_agree_and_keep_the_tolerance(method, backward, native):
+    """Also with another method on the way back, and with the adjoint alone under its norm."""
+    t = torch.tensor([0.0, 0.05, 0.06, 0.5, 0.9, 0.91, 1.0], dtype=F64)
+    t = t.flip(0) if backward else t
+    for more in ({}, {"adjoint_method": "tsit5"}, {"adjoint_options": {"norm": "seminorm"}}):
+        results = [
+            gradients(
+                flashode.odeint_adjoint, t, method=method, rtol=1e-6, atol=1e-7, needs_t=True,
+                adjoint="interpolated", engine=engine, **more,
+            )
+            for engine in ("reference", native)
+        ]  # fmt: skip
+        (a, calls_a), (b, calls_b) = results
+        assert calls_a == calls_b
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert off_by(a, tight(t, needs_t=True)) < 5e-5
+
+
+def test_the_path_is_let_go_with_the_graph(engine):
+    field, t = Field(), torch.linspace(0, 1, 4, dtype=F64)
+    y0 = torch.ones(1, 2, dtype=F64, requires_grad=True)
+    ys = flashode.odeint_adjoint(field, y0, t, adjoint="interpolated", engine=engine)
+    assert not ys.grad_fn.recording.polynomials  # they are saved tensors, which autograd frees
+    a = torch.autograd.grad(ys.sum(), y0, retain_graph=True)[0]
+    b = torch.autograd.grad(ys.sum(), y0)[0]
+    assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        ys.sum().backward()
+
+
+def test_the_path_needs_dense_output():
+    with pytest.raises(ValueError, match="'interpolated' needs a forward method with step-size control"):
+        flashode.odeint_adjoint(
+            Field(),
+            torch.ones(1, 2, dtype=F64),
+            torch.tensor([0.0, 1.0]),
+            method="rk4",
+            adjoint="interpolated",
+        )
+
+
+@pytest.mark.parametrize("mode", ["backsolve", "interpolated"])
+def test_gradcheck(mode, engine):
+    """To y0, t, a parameter and an argument; finite differences see the solve's own tolerance."""
+
+    def function(y0, t, a, b):
+        return flashode.odeint_adjoint(
+            lambda t, y, c: torch.sin(y @ a) * torch.cos(t) + c["b"], y0, t, rtol=1e-10, atol=1e-12,
+            adjoint_params=(a,), args=({"b": b},), adjoint=mode, engine=engine,
+        )  # fmt: skip
+
+    a = torch.tensor([[0.3, -1.0], [0.8, 0.1]], dtype=F64, requires_grad=True)
+    y0 = torch.tensor([[0.7, -0.4]], dtype=F64, requires_grad=True)
+    t = torch.tensor([0.1, 0.4, 0.5, 1.0], dtype=F64, requires_grad=True)
+    b = torch.tensor([0.2, -0.1], dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (y0, t, a, b), atol=1e-6, rtol=1e-5)
+
+
 def test_parameters_of_any_layout_and_dtype(engine):
     """Single precision beside double, transposed memory, no elements, no dimensions."""
 

@@ -34,6 +34,11 @@ class Path:
         self.ends.append(t1)
         self.polynomials.append(polynomial)
 
+    def release(self) -> list[torch.Tensor]:
+        """Hands over the polynomials."""
+        polynomials, self.polynomials = self.polynomials, []
+        return polynomials
+
     def __call__(self, t: float) -> torch.Tensor:
         """y at a time of the solve."""
         i = min(bisect.bisect_left(self.ends, t), len(self.ends) - 1)

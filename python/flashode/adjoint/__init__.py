@@ -55,19 +55,24 @@ class _Adjoint(torch.autograd.Function):
         if recording is not None:
             recording.event_t = outcome.event_t
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
-        ctx.dt, ctx.recording = outcome.dt, recording
+        ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
         ctx.autocast = _autocast(problem.y0.device.type)
         given = [None, None, None]
         if recording is not None:  # for second derivatives; what requires none may be written into
             given = [x if x is not None and x.requires_grad else None for x in (y0, t, grid)]
-        ctx.save_for_backward(times, outcome.ys, *given, *params)
+        polynomials = recording.release() if isinstance(recording, Path) else []
+        ctx.save_for_backward(times, outcome.ys, *given, *params, *polynomials)
         ctx.mark_non_differentiable(event_t)
         return outcome.ys, event_t
 
     @staticmethod
     def backward(ctx, grad_ys, _):
-        (t, ys, *given), params = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        record = Record(ctx.problem, ctx.spec, t, ys, params, ctx.engine, ctx.dt, ctx.recording)
+        t, ys, *saved = ctx.saved_tensors
+        given, params, polynomials = saved[:3], saved[3 : 3 + ctx.params], saved[3 + ctx.params :]
+        steps = ctx.recording
+        if isinstance(steps, Path):
+            steps = replace(steps, polynomials=polynomials)
+        record = Record(ctx.problem, ctx.spec, t, ys, tuple(params), ctx.engine, ctx.dt, steps)
         mode, with_graph = _MODES[ctx.spec.mode], torch.is_grad_enabled()
         _require_finite_gradients(t, grad_ys)
         with torch.no_grad(), ctx.autocast():
