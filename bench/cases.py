@@ -6,6 +6,7 @@ Every random number comes from a seed of its case. flashode is used by its publi
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import math
 from collections.abc import Callable, Iterator
@@ -140,40 +141,83 @@ class Net(torch.nn.Module):
         return self.net(y**3)
 
 
-def train(device, quick) -> Iterator[Contest]:
-    """One training iteration of ode_demo: solve, loss, gradients. Half or more of it is func's own."""
-    y0 = random(5, 1, 20, 1, 2, device=device)[0].clamp(-2, 2)
-    t = torch.linspace(0, 25, 1000, device=device)[:10]
-    with torch.no_grad():
-        matrix = Spiral().to(device).A
-        target = torchdiffeq.odeint(lambda t, y: y**3 @ matrix, y0, t)
-    exact = Net().double().to(device)
+def training(name, theirs, ours, exact, func, y0, t, bound, loss, **call) -> Contest:
+    """Solve, loss, gradients; the truth by ``exact``, the field in double precision."""
 
     def iteration(odeint, func, dtype=torch.float32, **call):
         func.zero_grad()
-        loss = (odeint(func, y0.to(dtype), t.to(dtype), **call) - target).abs().mean()
-        loss.backward()
-        return [loss.detach(), *(p.grad for p in func.parameters())]
+        value = loss(odeint(func, y0.to(dtype), t.to(dtype), **call))
+        value.backward()
+        return [value.detach(), *(p.grad for p in func.parameters())]
 
-    def contest(name, theirs, ours):
-        return Contest(
-            name,
-            contestants={
-                "torchdiffeq": lambda f: iteration(theirs, f),
-                "native": lambda f: iteration(ours, f, engine="native"),
-            },
-            truth=lambda: iteration(torchdiffeq.odeint, exact, torch.float64, rtol=1e-10, atol=1e-12),
-            bound=1e-5,
-            func=Net().to(device),
-            grad=True,
-        )
+    return Contest(
+        name,
+        contestants={
+            "torchdiffeq": lambda f: iteration(theirs, f, **call),
+            "native": lambda f: iteration(ours, f, engine="native", **call),
+        },
+        truth=lambda: iteration(torchdiffeq.odeint, exact, torch.float64, rtol=1e-10, atol=1e-12),
+        bound=bound,
+        func=func,
+        grad=True,
+    )
 
-    def checkpoint(*arguments, **call):
-        return flashode.odeint_adjoint(*arguments, adjoint="checkpoint", **call)
+
+def checkpoint(*arguments, **call):
+    return flashode.odeint_adjoint(*arguments, adjoint="checkpoint", **call)
+
+
+def train(device, quick) -> Iterator[Contest]:
+    """One training iteration of ode_demo, in every mode; then the same solve with 100 outputs. Of the
+    direct ones, half or more is func's own."""
+    y0 = random(5, 1, 20, 1, 2, device=device)[0].clamp(-2, 2)
+    matrix, exact = Spiral().to(device).A, Net().double().to(device)
+    ten = torch.linspace(0, 25, 1000, device=device)[:10]
+    hundred = torch.linspace(0, ten[-1].item(), 100, device=device)
+
+    def contest(name, theirs, ours, t=ten):
+        with torch.no_grad():
+            target = torchdiffeq.odeint(lambda t, y: y**3 @ matrix, y0, t)
+        func = Net().to(device)
+        return training(name, theirs, ours, exact, func, y0, t, 1e-5, lambda ys: (ys - target).abs().mean())
 
     yield contest("train direct", torchdiffeq.odeint, flashode.odeint)
     yield contest("train checkpoint", torchdiffeq.odeint, checkpoint)
-    yield contest("train adjoint", torchdiffeq.odeint_adjoint, flashode.odeint_adjoint)
+    yield contest("train backsolve", torchdiffeq.odeint_adjoint, flashode.odeint_adjoint)
+    if not quick:
+        yield contest("train 100 outputs", torchdiffeq.odeint_adjoint, flashode.odeint_adjoint, hundred)
+
+
+def parameters(device, quick) -> Iterator[Contest]:
+    """Gradients of a network far larger than its state: what the solver does with them, and how often."""
+    hidden = 50 if quick else 5000
+    func = torch.nn.Sequential(torch.nn.Linear(1000, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1000))
+    generator = torch.Generator().manual_seed(6)
+    for p in func.parameters():
+        torch.nn.init.normal_(p, std=0.02, generator=generator)
+
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(func).to(device)
+
+        def forward(self, t, y):
+            return self.net(y)
+
+    (y0,) = random(7, 1, 32, 1000, device=device)
+    yield training(
+        f"parameters 1e{5 if quick else 7}",
+        torchdiffeq.odeint_adjoint,
+        flashode.odeint_adjoint,
+        Field().double(),
+        Field(),
+        y0,
+        torch.tensor([0.0, 1.0], device=device),
+        1e-3,
+        lambda ys: ys[-1].square().mean(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 # ---- kernels -------------------------------------------------------------------------------
@@ -259,4 +303,11 @@ def stage(device, quick) -> Iterator[Contest]:
 
 
 # In this order whichever are asked for: `stage` comes last because malloc never quite forgets.
-CASES = {"spiral": spiral, "steps": steps, "train": train, "large": large, "stage": stage}
+CASES = {
+    "spiral": spiral,
+    "steps": steps,
+    "train": train,
+    "parameters": parameters,
+    "large": large,
+    "stage": stage,
+}
