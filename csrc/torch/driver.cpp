@@ -190,7 +190,7 @@ void Run::begin() {
   ys_.select(0, 0).copy_(y_begin_.detach());
   if (records(y_begin_, {})) {
     recorded_.emplace_back(0, y_begin_.unsqueeze(0));
-    current_.adopt(y_begin_.clone(), field_.split);
+    current_.adopt(y_begin_.clone(), field_.shapes);
   } else {
     field_.make_writable(current_);
     current_.flat.copy_(y_begin_.detach());
@@ -228,7 +228,7 @@ py::dict Run::outcome(Status status) {
 at::Tensor Run::call_at_state(const at::Tensor& shift, int nudge) {
   if (field_writes_) {
     if (grad_mode_ && current_.flat.requires_grad()) {
-      stage_.adopt(current_.flat.clone(), field_.split);
+      stage_.adopt(current_.flat.clone(), field_.shapes);
     } else {
       field_.make_writable(stage_);
       stage_.flat.copy_(current_.flat.detach());
@@ -247,7 +247,7 @@ at::Tensor Run::call_at_state(const at::Tensor& shift, int nudge) {
   }
   const bool recorded = !recorded_.empty();
   if (recorded) {
-    current_.adopt(y_begin_.clone(), field_.split);
+    current_.adopt(y_begin_.clone(), field_.shapes);
   } else {
     field_.make_writable(current_);
     current_.flat.copy_(y_begin_);
@@ -281,7 +281,7 @@ bool Run::combine(Shown& target, const at::Tensor& y0, const Row& row, double si
     }
     std::vector<at::Tensor> k;
     for (const int j : row.stage) k.push_back(k_[j]);
-    target.adopt(combine_op(y0, k, coefficients), field_.split);
+    target.adopt(combine_op(y0, k, coefficients), field_.shapes);
     if (time.t.defined()) time.t.fill_(time.value);
     return true;
   }
@@ -603,7 +603,7 @@ py::tuple Run::replay(double t0, double t1, double dt, int landing, const py::ob
   t0_ = t0;
   shift0_ = given(shift0);
   stretch_ = at::Tensor();
-  current_.adopt(unpack(y0), field_.split);
+  current_.adopt(unpack(y0), field_.shapes);
   f0_ = f0.is_none() ? call_at_state(shift0_, perturb_ ? 1 : 0) : unpack(f0);
   rk_step(t1, dt, given(shift1));
   const Step step = commit(t1, dt, given(shift1), kind);

@@ -1,6 +1,7 @@
 // The exchange with the Python field: what it is called with, and what becomes of its answer.
 #pragma once
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 
@@ -18,7 +19,7 @@ class Field {
  public:
   explicit Field(const py::object& problem)
       : like(unpack(problem.attr("y0")).contiguous()),
-        split(problem.attr("shapes").is_none() ? py::object(py::none()) : problem.attr("unflatten")),
+        shapes(shapes_of(problem)),
         direction(problem.attr("direction").cast<double>()),
         problem_(problem),
         func_(problem.attr("func")),
@@ -56,7 +57,9 @@ class Field {
 
   // The same as one tensor in the layout of the state, with its graph and not copied.
   at::Tensor flat_value(const py::object& value) {
-    return is_plain(value) ? THPVariable_Unpack(value.ptr()) : unpack(problem_.attr("slope")(value));
+    if (is_plain(value)) return THPVariable_Unpack(value.ptr());
+    const std::vector<at::Tensor> members = plain_members(value);
+    return members.empty() ? unpack(problem_.attr("slope")(value)) : at::cat(members);
   }
 
   // The time that func sees: rounded once, kept inside the interval. Written here on a CPU; on a
@@ -64,7 +67,7 @@ class Field {
   TimeTarget stage_time(double t, int nudge) {
     const Dtype dtype = dtype_of(like);
     const double value = time_value(t, nudge);
-    time_.make_writable({}, like.options(), py::none());
+    time_.make_writable({}, like.options());
     if (!time_.flat.is_cpu()) return {time_.flat, value};
     write_time(time_.flat.mutable_data_ptr(), value, dtype);
     return {};
@@ -76,10 +79,10 @@ class Field {
   }
 
   // Makes `target` safe to write.
-  void make_writable(Shown& target) { target.make_writable(like.sizes(), like.options(), split); }
+  void make_writable(Shown& target) { target.make_writable(like.sizes(), like.options(), shapes); }
 
   const at::Tensor like;     // the initial state: shape, dtype and device of every other
-  const py::object split;    // makes the members of a tuple state from a flat one; None for tensors
+  const Shapes shapes;       // of the members of a tuple state
   const double direction;    // of the caller's clock
   int64_t nfe = 0;
 
@@ -87,7 +90,10 @@ class Field {
   // A contiguous tensor in the layout of the state that nothing else writes. Anything unusual goes
   // through Problem.slope, which casts it or raises.
   at::Tensor slope(const py::object& value) {
-    if (!is_plain(value)) return copied(unpack(problem_.attr("slope")(value)));
+    if (!is_plain(value)) {
+      const std::vector<at::Tensor> members = plain_members(value);
+      return members.empty() ? copied(unpack(problem_.attr("slope")(value))) : at::cat(members);
+    }
     const at::Tensor& k = THPVariable_Unpack(value.ptr());
     if (!k.is_contiguous()) return k.contiguous();
     return is_ours_alone(value.ptr()) ? k : copied(k);
@@ -95,10 +101,33 @@ class Field {
 
   // Whether a value needs neither checks nor casts.
   bool is_plain(const py::object& value) const {
-    if (!split.is_none() || !THPVariable_CheckExact(value.ptr())) return false;
+    return shapes.empty() && is_plain(value, like.sizes());
+  }
+
+  bool is_plain(py::handle value, at::IntArrayRef sizes) const {
+    if (!THPVariable_CheckExact(value.ptr())) return false;
     const at::Tensor& k = THPVariable_Unpack(value.ptr());
     return k.scalar_type() == like.scalar_type() && k.device() == like.device() &&
-           k.layout() == at::kStrided && k.sizes() == like.sizes() && !k.is_conj() && !k.is_neg();
+           k.layout() == at::kStrided && k.sizes() == sizes && !k.is_conj() && !k.is_neg();
+  }
+
+  // The members of a tuple that need neither checks nor casts, flat; none if any does.
+  std::vector<at::Tensor> plain_members(py::handle value) const {
+    std::vector<at::Tensor> members;
+    if (shapes.empty() || !(PyTuple_CheckExact(value.ptr()) || PyList_CheckExact(value.ptr())) ||
+        py::len(value) != shapes.size()) {
+      return members;
+    }
+    for (const py::handle member : value) {
+      if (!is_plain(member, shapes[members.size()])) return {};
+      members.push_back(THPVariable_Unpack(member.ptr()).reshape({-1}));
+    }
+    return members;
+  }
+
+  static Shapes shapes_of(const py::object& problem) {
+    const py::object shapes = problem.attr("shapes");
+    return shapes.is_none() ? Shapes() : shapes.cast<Shapes>();
   }
 
   at::Tensor copied(const at::Tensor& value) {

@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <functional>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -42,22 +44,43 @@ inline bool is_ours_alone(PyObject* object) {
   return counts_of(object) == alone && THPVariable_Unpack(object).storage().resizable();
 }
 
+// The members of a tuple state, one after the other in the flat state; none for a state of one tensor.
+using Shapes = std::vector<std::vector<int64_t>>;
+
+inline int64_t numel_of(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<int64_t>());
+}
+
+// A flat state as the field sees it: itself, or a tuple of views.
+inline py::object shown(const at::Tensor& flat, const Shapes& shapes) {
+  if (shapes.empty()) return wrap(flat);
+  py::tuple members(shapes.size());
+  int64_t begin = 0;
+  for (size_t m = 0; m < shapes.size(); ++m) {
+    const int64_t size = numel_of(shapes[m]);
+    members[m] = wrap(flat.narrow(0, begin, size).view(shapes[m]));
+    begin += size;
+  }
+  return members;
+}
+
 // A tensor to show: a state, as one tensor or as a tuple of views of one flat tensor, or a time.
 class Shown {
  public:
-  // Makes the tensor safe to write: ours alone, or a new one. `split` makes the views, or is None.
-  void make_writable(at::IntArrayRef sizes, const at::TensorOptions& options, py::handle split) {
+  // Makes the tensor safe to write: ours alone, or a new one.
+  void make_writable(at::IntArrayRef sizes, const at::TensorOptions& options,
+                     const Shapes& shapes = {}) {
     if (flat.defined() && unshared()) return;
     flat = at::empty(sizes, options);
-    show(split);
+    argument = shown(flat, shapes);
     // What holds for a fresh tensor is what "nobody kept it" looks like.
     fresh_ = counts();
   }
 
   // Shows a tensor that autograd made and that is never written again.
-  void adopt(at::Tensor state, py::handle split) {
+  void adopt(at::Tensor state, const Shapes& shapes) {
     flat = std::move(state);
-    show(split);
+    argument = shown(flat, shapes);
     fresh_.clear();
   }
 
@@ -72,11 +95,6 @@ class Shown {
   py::object argument;
 
  private:
-  void show(py::handle split) {
-    argument = wrap(flat);
-    if (!split.is_none()) argument = split(argument);
-  }
-
   bool is_tuple() const { return PyTuple_Check(argument.ptr()); }
 
   std::vector<Counts> counts() const {

@@ -45,7 +45,7 @@ class Vjp {
     at::Tensor value;
     {
       const at::AutoGradMode recording(true);
-      const py::object state = field_.split.is_none() ? wrap(leaf) : field_.split(wrap(leaf));
+      const py::object state = shown(leaf, field_.shapes);
       returned = field_.value_at(wrap(time_), state);
       value = field_.flat_value(returned);
     }
@@ -70,7 +70,7 @@ class Vjp {
     if (!slopes.of_y.defined()) slopes.of_y = at::zeros_like(y);
     slopes.f = value.variable_data();
     value.reset();  // or the counts would include our own
-    if (field_.split.is_none() && !is_ours_alone(returned.ptr())) slopes.f = slopes.f.clone();
+    if (field_.shapes.empty() && !is_ours_alone(returned.ptr())) slopes.f = slopes.f.clone();
     slopes.f = slopes.f.contiguous();
     return slopes;
   }
