@@ -115,5 +115,27 @@ def test_an_unknown_case_is_an_error(run, capsys):
     assert "no case named sprial; there are spiral" in capsys.readouterr().err
 
 
+def test_gradients_are_measured_and_drawn(tmp_path):
+    read = pytest.importorskip("matplotlib.image").imread
+    command = [sys.executable, BENCH / "gradients.py", "--quick", "--out", tmp_path / "deep" / "g.png"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+    def table(title):
+        """The rows below a line that starts so, without their head; one column a mode."""
+        rows = done.stdout.split(f"\n{title}", 1)[1].split("\n\n")[0].splitlines()[2:]
+        return [[float(cell.replace("fails", "nan")) for cell in row.split()[-2:]] for row in rows]
+
+    (direct_few, backsolve_few), (direct, backsolve) = table("peak memory in MB against accepted steps")
+    assert direct > 3 * direct_few and direct > 5 * backsolve
+    assert backsolve < backsolve_few + 5
+    assert len(table("peak memory in MB against outputs")) == 2
+    errors = table("relative error of the gradient against rtol, atol = rtol / 100: pendulum")
+    assert max(errors[-1]) < 1e-3 < max(errors[0])
+    image = read(tmp_path / "deep" / "g.png")
+    assert image.shape[0] > 500 and (image[:, :, :3].min(axis=-1) < 0.3).mean() > 0.005
+
+
 def test_the_script_for_gpu_machines_is_valid_bash():
     subprocess.run(["bash", "-n", str(BENCH / "gpu_check.sh")], check=True)

@@ -1,6 +1,7 @@
 """DistributedDataParallel: two processes with half of the batch each train as one with all of it."""
 
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -104,6 +105,14 @@ def test_training_moves_the_parameters():
     torch.manual_seed(0)
     before = NeuralODE("direct", {}).parameters()
     assert all((p - q).abs().max() > 1e-3 for p, q in zip(train("direct", "rk4"), before))
+
+
+def test_the_error_of_a_failed_solve_can_be_sent_to_another_process():
+    with pytest.raises(flashode.SolveError) as caught:
+        flashode.odeint(lambda t, y: y**3, torch.full((1,), 3.0), torch.tensor([0.0, 1.0]))
+    sent = pickle.loads(pickle.dumps(caught.value))
+    assert type(sent) is flashode.SolveError and str(sent) == str(caught.value)
+    assert vars(sent) == vars(caught.value) and sent.reason.name
 
 
 if __name__ == "__main__":

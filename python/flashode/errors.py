@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 
 
 class Status(enum.IntEnum):
@@ -58,3 +59,7 @@ class SolveError(RuntimeError, AssertionError):
         self.reason, self.t, self.dt = reason, t, dt
         self.accepted, self.rejected, self.nfe = accepted, rejected, nfe
         self.index = index
+
+    def __reduce__(self):
+        """For other processes, as those of a DataLoader: pickle alone would forget the keywords."""
+        return functools.partial(SolveError, **vars(self)), self.args
