@@ -23,7 +23,7 @@ import torchdiffeq
 
 import flashode
 
-MODES = ("direct", "backsolve")
+MODES = ("direct", "checkpoint", "interpolated", "backsolve")
 THEIRS = ("torchdiffeq direct", "torchdiffeq adjoint")
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "gradients.png"
 MB = 2**20

@@ -26,9 +26,9 @@ from . import restart
 from .reached import warn_unlisted
 from .spec import Record
 
-# How far the rebuilt state may part from the stored one: both are solutions to tolerance, and honest
-# ones part by some hundreds of tolerances over many steps (DETEST); with loose tolerances a third of
-# the state's own size is reached before that.
+# How far the rebuilt state may part from the stored one, in tolerances: both are solutions to tolerance,
+# and where the gradients are right they part by less than a thousand (DETEST at 1e-6, networks); with
+# loose tolerances a third of the state's own size is reached before that.
 _DRIFT, _DRIFT_OF_STATE = 1e4, 0.3
 
 

@@ -316,14 +316,27 @@ class Sweep:
             row = len(p.times) - end
             stored = g.ys[row]
             if p.adaptive and g.path is None:
-                distance = scaled_error(wide(y1) - wide(stored), y1, stored, self.rtol, self.atol)
-                drift = mean_square_norm(distance, p.norm_offsets)
+                drift = self.distance(y1, stored)
                 if not drift <= self.drift:
                     self.drift, self.drift_t = drift, t1
             y1, adj1 = stored, adj1 + g.grad_ys[row]
         self.t0, self.y, self.adj, self.integrals = t1, y1, adj1, integrals1
         self.next = end
         self.accepted += 1
+
+    def distance(self, y1, stored):
+        """Between the rebuilt state and the stored one, in tolerances of a member as a whole: an element
+        that is zero has drifted no further than the others."""
+        rtol, atol = self.g.tolerances
+        ratios = [0.0]
+        for begin, end in zip(self.p.norm_offsets, self.p.norm_offsets[1:]):
+            a, b = (
+                x.reshape(-1)[begin:end].to(torch.promote_types(x.dtype, torch.float64)) for x in (y1, stored)
+            )
+            if end > begin:
+                size = (end - begin) ** 0.5
+                ratios.append(((a - b).norm() / (size * atol + rtol * b.norm() + sys.float_info.min)).item())
+        return math.nan if any(math.isnan(ratio) for ratio in ratios) else max(ratios)
 
     def solve(self) -> Gradients:
         p = self.p
