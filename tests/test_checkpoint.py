@@ -60,7 +60,8 @@ def recorded(steps, limit):
     """The steps whose states a solve of so many steps holds at its end."""
     recording, state = Recording("native", limit), torch.zeros(())
     for _ in range(steps):
-        recording.add(0.0, 1.0, 1.0, 0, state, state)
+        if recording.add(0.0, 1.0, 1.0, 0):
+            recording.hold(state, state)
         assert limit is None or len(recording.held) + 1 <= limit
     return [0, *recording.held]
 
@@ -102,7 +103,7 @@ def test_a_logarithm_of_states_makes_recomputation_a_logarithm():
 # ---- gradients -----------------------------------------------------------------------------
 
 
-def gradients(odeint, field, y0, t, *extra, weights=None, **arguments):
+def gradients(odeint, field, y0, t, *extra, **arguments):
     """Of a fixed linear function of all outputs, to what requires any of y0, t and ``extra``."""
     if odeint is flashode.odeint_adjoint:
         arguments = {"adjoint": "checkpoint", "adjoint_params": extra} | arguments
@@ -120,6 +121,7 @@ def assert_equals_direct(field, y0, t, *extra, checkpoints=None, tol=1e-12, **ar
     ours = gradients(flashode.odeint_adjoint, field, y0, t, *extra, checkpoints=checkpoints, **arguments)
     for a, b in zip(ours, direct, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
+        tol = max(tol, 4 * torch.finfo(b.dtype).eps)
         assert (a - b).abs().max() <= tol * b.abs().max()
 
 
@@ -205,10 +207,15 @@ def test_events(method, options, t_dtype):
     net = Net(dtype=F64)
     t = torch.tensor([0.1, 3.0], dtype=t_dtype, requires_grad=True)
     arguments = {"method": method, "options": options, "rtol": 1e-5, "atol": 1e-7}
-    for event_fn in (lambda t, y: y[0, 0] + 1.2, lambda t, y: t - 0.7, lambda t, y: 0 * t):
+    for event_fn in (lambda t, y: y[0, 0], lambda t, y: t - 0.7):
         assert_equals_direct(
             net, start(), t, *net.parameters(), event_fn=event_fn, checkpoints=2, **arguments
         )
+
+
+def test_an_event_that_has_fired_at_the_start():
+    y0 = start()
+    assert_equals_direct(Net(dtype=F64), y0, times(needs_t=False)[:2], event_fn=lambda t, y: 0 * t)
 
 
 def test_arguments_of_the_field_get_gradients(engine):
@@ -412,38 +419,52 @@ def test_callbacks_are_not_called_in_the_backward_pass(engine):
     assert net.calls == 0
 
 
-class Saved:
-    """Stands in a graph for a tensor that it saves."""
+class Node(torch.autograd.Function):
+    """A node of a graph that does nothing but be there."""
 
-    def __init__(self, tensor):
-        self.tensor = tensor
+    alive = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx, x):
+        Node.alive.add(ctx)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
 def test_no_graph_is_kept(engine):
     """The solve records none; the backward pass has that of one step, however many there are."""
-    net, alive, most = Net(dtype=F64), weakref.WeakSet(), 0
-
-    def pack(tensor):
-        nonlocal most
-        saved = Saved(tensor)
-        alive.add(saved)
-        most = max(most, len(alive))
-        return saved
+    net, most = Net(dtype=F64), 0
 
     def field(t, y):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-            return net(t, y)
+        nonlocal most
+        slope = Node.apply(net(t, y))
+        most = max(most, len(Node.alive))
+        return slope
 
     t = torch.linspace(0, 8, 5, dtype=F64)
+    gc.collect()
+    ys = flashode.odeint(field, start(), t, engine=engine)
+    assert most > 60
+    del ys
+    most = 0
     arguments = {"adjoint": "checkpoint", "adjoint_params": tuple(net.parameters()), "engine": engine}
     ys = flashode.odeint_adjoint(field, start(), t, **arguments)
-    assert most == 0
+    assert most <= 1  # that of the call at hand, which goes with it
     ys.sum().backward()
-    per_call = most
-    assert 0 < per_call <= 7 * 10
-    assert not alive
-    ys = flashode.odeint(field, start(), t, engine=engine)
-    assert len(alive) > 10 * most
+    assert most <= 8
+    assert not Node.alive
+
+
+@pytest.fixture
+def young_objects():
+    """`gc.get_objects` lists those only that a test made, which is fast."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class States(torch.nn.Module):
@@ -473,8 +494,7 @@ class States(torch.nn.Module):
 
 
 @pytest.mark.parametrize("retain", [False, True], ids=["", "retained"])
-def test_states_are_released_by_the_backward_pass(retain, engine):
-    gc.collect()
+def test_states_are_released_by_the_backward_pass(retain, engine, young_objects):
     field = States()
     before = field.alive()
     ys = field.solve(4.0, engine=engine)
@@ -483,18 +503,17 @@ def test_states_are_released_by_the_backward_pass(retain, engine):
     assert field.alive() <= before + 1
 
 
-def test_never_more_states_than_asked_for(engine):
-    gc.collect()
+def test_never_more_states_than_asked_for(engine, young_objects):
 
     def most(checkpoints):
         field = States(watch=True)
-        ys = field.solve(1.0, rtol=1e-5, atol=1e-7, checkpoints=checkpoints, engine=engine)
+        ys = field.solve(2.0, rtol=1e-5, atol=1e-7, checkpoints=checkpoints, engine=engine)
         ys.sum().backward()
         return field.most
 
-    # A held state is two tensors; the states and slopes of the step at hand come on top.
-    alone = most(1)
-    assert most(3) - alone <= 4 < most(None) - alone
+    # A held state is two tensors; what the step at hand needs comes on top.
+    assert most(3) <= most(1) + 4
+    assert most(1) + 12 <= most(None)
 
 
 def test_two_backward_passes_are_equal(engine):
@@ -509,7 +528,7 @@ def test_two_backward_passes_are_equal(engine):
             ys.sum().backward()
 
 
-def test_no_growth_over_many_iterations(engine):
+def test_no_growth_over_many_iterations(engine, young_objects):
     net = Net(dtype=F64)
     t = torch.linspace(0, 1, 3, dtype=F64)
 
@@ -521,7 +540,7 @@ def test_no_growth_over_many_iterations(engine):
 
     def tensors():
         gc.collect()
-        return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
     iteration()
     before = tensors()
