@@ -354,6 +354,21 @@ def test_second_derivatives_where_some_inputs_need_none(needs_y0, needs_t, engin
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
 
 
+def test_second_derivatives_with_an_event():
+    net, y0 = Net(dtype=F64), start()
+    t = torch.tensor([0.1, 3.0], dtype=F64, requires_grad=True)
+    inputs = [y0, t, *net.parameters()]
+
+    def second(solve, **more):
+        _, ys = solve(net, y0, t, event_fn=lambda t, y: y[0, 0], rtol=1e-5, atol=1e-7, **more)
+        grads = torch.autograd.grad(ys[-1].square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+    ours = second(flashode.odeint_adjoint, adjoint="checkpoint")
+    for a, b in zip(ours, second(flashode.odeint)):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("end", [3.0, 10.0])
 def test_a_stiff_problem_where_solving_backwards_goes_wrong(end, engine):
     """y' = -50 (y - cos t): backwards in time every error grows by exp(50 t)."""
