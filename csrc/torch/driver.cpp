@@ -70,6 +70,10 @@ constexpr int64_t kReleaseGil = 1 << 16;  // elements from which other threads g
 
 enum Landing { kFree, kStop, kJump, kEnd };  // what the end of a step lands on
 
+// A slope to hand to Python. The field's own memory for slopes is used again only while no Python
+// object has been made for it.
+at::Tensor for_python(const at::Tensor& k) { return k.requires_grad() ? k : k.clone(); }
+
 // An accepted step. shift0 and shift1 are zeros that carry the gradients of t0 and t1, if any.
 struct Step {
   double t0, t1, dt;
@@ -432,13 +436,10 @@ Step Run::fixed_step(double t1, const at::Tensor& shift1) {
 // Makes the candidate the state.
 Step Run::commit(double t1, double dt, const at::Tensor& shift1, Landing kind) {
   const Step step{t0_, t1, dt, current_.flat, candidate_.flat, shift0_, shift1};
-  if (!recording_.is_none()) {
-    if (as_polynomials_) {
-      recording_.attr("add")(t0_, t1, wrap(polynomial(step)));
-    } else {
-      const at::Tensor f0 = adaptive_ ? k_[0] : at::Tensor();
-      recording_.attr("add")(t0_, t1, dt, int(kind), wrap(step.y0), wrap(f0));
-    }
+  if (as_polynomials_) {
+    recording_.attr("add")(t0_, t1, wrap(polynomial(step)));
+  } else if (!recording_.is_none() && recording_.attr("add")(t0_, t1, dt, int(kind)).cast<bool>()) {
+    recording_.attr("hold")(wrap(step.y0), wrap(adaptive_ ? for_python(k_[0]) : at::Tensor()));
   }
   std::swap(current_, candidate_);
   t0_ = t1;
@@ -607,12 +608,17 @@ py::tuple Run::replay(double t0, double t1, double dt, int landing, const py::ob
   f0_ = f0.is_none() ? call_at_state(shift0_, perturb_ ? 1 : 0) : unpack(f0);
   rk_step(t1, dt, given(shift1));
   const Step step = commit(t1, dt, given(shift1), kind);
-  const at::Tensor f1 = adaptive_ ? handed_on(kind) : at::Tensor();
+  const at::Tensor f1 = adaptive_ ? for_python(handed_on(kind)) : at::Tensor();
   recorded_.clear();
   filled_ = std::upper_bound(times_.begin(), times_.end(), t0) - times_.begin();
   if (grad_mode_) emit(step);
   py::list outputs;
   for (const auto& [row, values] : recorded_) outputs.append(py::make_tuple(row, wrap(values)));
+  // The graph is the caller's now.
+  k_.clear();
+  recorded_.clear();
+  f0_ = at::Tensor();
+  if (grad_mode_) stage_ = candidate_ = current_ = Shown();
   return py::make_tuple(wrap(step.y1), wrap(f1), outputs);
 }
 

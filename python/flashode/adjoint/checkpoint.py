@@ -41,24 +41,22 @@ class Recording:
     event_t: float = math.nan
     as_polynomials = False
 
-    def add(self, t0, t1, dt, landing, y0, f0):
-        """Called by an engine for every step it accepts."""
+    def add(self, t0, t1, dt, landing) -> bool:
+        """Called by an engine for every step it accepts; whether the step's state is to be held."""
         number = len(self.steps)
         self.steps.append((t0, t1, dt, landing))
         if number == 0 or number % self.stride:
-            return
+            return False
         if len(self.held) + 1 == self.limit:
             # How many steps are to come is not known: make room by holding every other state.
             self.stride *= 2
             self.held = {step: state for step, state in self.held.items() if step % self.stride == 0}
-        if number % self.stride == 0:
-            self.held[number] = _value(y0), _value(f0)
+        return number % self.stride == 0
 
-
-def _value(x: torch.Tensor | None):
-    """Without the gradient that the field may have asked for; else the very tensor, whose reference
-    count tells the engine not to write into it."""
-    return x.detach() if x is not None and x.requires_grad else x
+    def hold(self, y0, f0):
+        """Called for the step added last, with what it began with."""
+        # The field may have asked for gradients of what it was shown.
+        self.held[len(self.steps) - 1] = y0.detach(), None if f0 is None else f0.detach()
 
 
 def gradients(record: Record, grad_ys: torch.Tensor, needs_time: bool):
@@ -101,7 +99,7 @@ def differentiable_gradients(record: Record, grad_ys: torch.Tensor, given):
                 points = grid - grid.detach()
         replay = _Replay(record, shifts, points)
         state = record.ys[0].detach() if y0 is None else y0, None
-        rows = [state[0][None]]
+        rows = [state[0].expand(1 if record.steps.steps else len(grad_ys), *grad_ys.shape[1:])]
         for number in range(len(record.steps.steps)):
             *state, outputs = replay.step(number, *state)
             rows += [values for _, values in outputs]
@@ -148,6 +146,7 @@ class _Sweep:
         # Cotangents of the state between two steps, and of the slope that one hands to the next.
         self.adj_y = self.adj_f = None
         self.later_y: torch.Tensor | None = None  # the state that the step just reversed began with
+        self.compares = grad_ys.device.type == "cpu"  # on a GPU to look would be to wait
         shifts = points = None
         if needs_time:
             shifts = points = torch.zeros(len(record.t), dtype=torch.float64).requires_grad_()
@@ -183,8 +182,8 @@ class _Sweep:
                 total += grad
 
     def compare(self, y1, number: int):
-        """Warns, once, of a field that does not repeat itself. On a GPU to look would be to wait."""
-        if self.later_y is None or y1.device.type != "cpu" or torch.equal(y1, self.later_y):
+        """Warns, once, of a field that does not repeat itself."""
+        if not self.compares or self.later_y is None or torch.equal(y1, self.later_y):
             return
         off, size = (x.detach().abs().max().item() for x in (y1 - self.later_y, y1))
         if off > torch.finfo(y1.dtype).eps ** 0.5 * size:
@@ -194,11 +193,12 @@ class _Sweep:
                 "away from where it did, and gradients with adjoint='checkpoint' are wrong. Draw random "
                 "numbers (dropout, noise) once a solve, outside func, or use odeint."
             )
-            self.later_y = None
+            self.compares = False
 
     def results(self):
         problem, grad_ys = self.problem, self.grad_ys
-        adj_y = grad_ys[0] if self.adj_y is None else self.adj_y + grad_ys[0]
+        # Without a step every output is the start: an event may have fired there.
+        adj_y = grad_ys.sum(0) if self.adj_y is None else self.adj_y + grad_ys[0]
         adj_params = self.totals[: len(self.params)]
         if not self.needs_time:
             return adj_y, None, adj_params, None

@@ -35,23 +35,43 @@ def reversal(steps: int, slots: int, held: Sequence[int]) -> Iterator[tuple[int,
 
 
 def thinned(steps: int, slots: int, held: Sequence[int]) -> list[int]:
-    """Those of the held states to keep: the ones nearest to where the schedule wants them.
+    """Those of the held states to keep: the ones nearest to where the schedule would hold states.
 
-    States that lie where they are not wanted would take the places of others that are.
+    The others would take the places of states that spare more.
     """
     kept = [held[0]]
     while len(kept) < slots and kept[-1] < held[-1]:
-        wanted = kept[-1] + split(steps - kept[-1], slots - len(kept) + 1)
-        i = bisect_left(held, wanted)
-        kept.append(min((h for h in held[i - 1 : i + 1] if h > kept[-1]), key=lambda h: abs(h - wanted)))
+        start, free = kept[-1], slots - len(kept) + 1
+        i = bisect_left(held, start + split(steps - start, free))
+
+        def cost(h):
+            return fewest(h - start, free) + fewest(steps - h, free - 1)
+
+        best = min((h for h in held[i - 1 : i + 1] if h > start), key=cost)
+        if cost(best) >= fewest(steps - start, free):
+            break
+        kept.append(best)
     return kept
 
 
 def split(steps: int, slots: int) -> int:
     """After how many of at least two steps to hold the next state, when ``slots`` of at least two
     are there for these steps, one of them taken by their initial state."""
-    repeats = 1
-    while comb(slots + repeats, slots) < steps:
-        repeats += 1
-    # Any number is optimal that leaves neither part so long that it needs more repeats.
-    return min(comb(slots + repeats - 1, slots), steps - comb(slots + repeats - 2, slots - 1))
+    r = _repeats(steps, slots)
+    # Any number is optimal that neither wastes a repeat on the first part nor costs the second one
+    # more. The least leaves most of the states that a solve holds in their places.
+    return max(1, comb(slots + r - 2, slots), steps - comb(slots + r - 1, slots - 1))
+
+
+def fewest(steps: int, slots: int) -> int:
+    """Steps to recompute in reversing ``steps`` from their initial state."""
+    r = _repeats(steps, slots)
+    return r * steps - comb(slots + r, slots + 1)
+
+
+def _repeats(steps: int, slots: int) -> int:
+    """How often a step has to be recomputed at most."""
+    r = 0
+    while comb(slots + r, slots) < steps:
+        r += 1
+    return r

@@ -290,12 +290,10 @@ class Run:
     def commit(self, t1, dt, shift1, kind) -> Step:
         """Makes the candidate the state."""
         step = Step(self.t0, t1, dt, self.y0, self.y1, self.k, self.shift0, shift1)
-        if self.recording is not None:
-            if self.recording.as_polynomials:
-                self.recording.add(self.t0, t1, self.polynomial(step))
-            else:
-                f0 = self.k[0] if self.p.adaptive else None
-                self.recording.add(self.t0, t1, dt, kind, self.y0, f0)
+        if self.recording is not None and self.recording.as_polynomials:
+            self.recording.add(self.t0, t1, self.polynomial(step))
+        elif self.recording is not None and self.recording.add(self.t0, t1, dt, kind):
+            self.recording.hold(self.y0, self.k[0] if self.p.adaptive else None)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
         self.accepted += 1
         self.accepted_times.append(t1)
@@ -420,7 +418,10 @@ class Run:
         self.rows, self.filled = [], row
         if torch.is_grad_enabled():
             self.emit(step)
-        return step.y1, f1, [(row, torch.stack(self.rows))] if self.rows else []
+        outputs = [(row, torch.stack(self.rows))] if self.rows else []
+        # The graph is the caller's now.
+        self.k, self.y0, self.y1, self.rows = [], None, None, []
+        return step.y1, f1, outputs
 
     def solve_until_event(self) -> Outcome:
         """Steps until an event changes sign, then bisects on the dense output.
