@@ -62,7 +62,8 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ys, _):
-        (t, ys, *given), params = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        t, ys, *rest = ctx.saved_tensors
+        given, params = rest[:3], tuple(rest[3:])
         record = Record(ctx.problem, ctx.spec, t, ys, params, ctx.dt, ctx.recording)
         mode, with_graph = _MODES[ctx.spec.mode], torch.is_grad_enabled()
         _require_finite_gradients(t, grad_ys)
