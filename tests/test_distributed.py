@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import flashode
 
 F64 = torch.float64
-MODES = ["direct", "checkpoint", "interpolated", "backsolve"]
+MODES = ["direct", "checkpoint", "backsolve"]
 BATCH, ITERATIONS = 8, 5
 SOLVERS = {
     # Fixed steps are the same for any part of a batch.

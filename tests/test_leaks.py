@@ -10,7 +10,7 @@ import torch
 
 import flashode
 
-MODES = ["direct", "checkpoint", "interpolated", "backsolve"]
+MODES = ["direct", "checkpoint", "backsolve"]
 # Of 32 kB: one that is left behind in each iteration shows in the memory of the process.
 SIZE = 4000
 

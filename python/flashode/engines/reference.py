@@ -306,24 +306,24 @@ class Run:
             self.call(self.t0, self.y0.clone(), self.shift0, nudge=1) if kind == Landing.JUMP else self.k[-1]
         )
 
-    def extend(self, step: Step, signed_dt):
-        """Evaluates the stages that dense output adds, unless they are there."""
-        dense = self.p.dense
-        if len(step.k) == len(dense.weights):
-            return
-        step.k = list(step.k)
+    def extended(self, step: Step, signed_dt):
+        """The slopes of the step with those of the stages that dense output adds."""
+        dense, k = self.p.dense, list(step.k)
+        if len(k) == len(dense.weights):
+            return k
         for c_i, a_i in zip(dense.extra_c, dense.extra_a):
             coef = [float(a_ij) * signed_dt for a_ij in a_i]
             t_i = step.t1 if c_i == 1 else step.t0 + float(c_i) * step.dt
             shift_i = None
             if step.shift0 is not None:
                 shift_i = step.shift0 + float(c_i) * (step.shift1 - step.shift0)
-            step.k.append(self.call(t_i, combine(step.y0, step.k, coef), shift_i))
+            k.append(self.call(t_i, combine(step.y0, k, coef), shift_i))
+        return k
 
     def polynomial(self, step: Step):
         """y over the step: its value at the start, and the coefficients of x, x^2, ..."""
         signed_dt = self.p.direction * step.dt
-        self.extend(step, signed_dt)
+        step.k = self.extended(step, signed_dt)  # nothing is recorded here: the outputs may use them too
         coefficients = [weighted_sum(step.k, row) for row in (self.p.dense.matrix.T * signed_dt).tolist()]
         return torch.stack([step.y0, *(c.to(step.y0.dtype) for c in coefficients)])
 
@@ -343,8 +343,7 @@ class Run:
             stretch = step.shift1 - step.shift0
             x = x + (shifts - step.shift0 - x * stretch) / dt
             signed_dt = signed_dt + p.direction * stretch
-        self.extend(step, signed_dt)
-        k = step.k
+        k = self.extended(step, signed_dt)
         coef = weights_at(dense, x) * signed_dt
         rows = [combine(step.y0, k, row.tolist() if step.shift0 is None else row) for row in coef]
         # The extra stages were not seen by the error test.
