@@ -73,15 +73,17 @@ class Shown {
 
  private:
   void show(py::handle split) {
-    argument = wrap(flat);
-    if (!split.is_none()) argument = split(argument);
+    whole_ = wrap(flat);
+    argument = split.is_none() ? whole_ : split(whole_);
   }
 
   bool is_tuple() const { return PyTuple_Check(argument.ptr()); }
 
   std::vector<Counts> counts() const {
     if (!is_tuple()) return {counts_of(argument.ptr())};
-    std::vector<Counts> all = {{int64_t(Py_REFCNT(argument.ptr())), 0, 0}};
+    // The flat tensor may be kept as well: of that its members' counts say nothing.
+    std::vector<Counts> all = {{int64_t(Py_REFCNT(argument.ptr())), 0, 0},
+                               counts_of(whole_.ptr())};
     for (const py::handle member : py::reinterpret_borrow<py::tuple>(argument)) {
       all.push_back(counts_of(member.ptr()));
     }
@@ -98,6 +100,7 @@ class Shown {
     return counts() == fresh_;
   }
 
+  py::object whole_;  // the flat tensor as Python sees it
   std::vector<Counts> fresh_;
 };
 
