@@ -377,3 +377,86 @@ def test_the_backward_solve_has_a_step_limit(engine):
     with pytest.raises(flashode.SolveError, match="in the backward solve, max_num_steps exceeded") as caught:
         ys[-1].sum().backward()
     assert caught.value.reason == flashode.Status.MAX_STEPS
+
+
+def cancelling(ys):
+    """Two outputs in one step, whose gradients are each other's negative."""
+    return (ys[2] - ys[1]).sum()
+
+
+@pytest.mark.parametrize("adjoint", ["backsolve", "interpolated"])
+def test_gradients_that_cancel_are_in_the_error_test(adjoint, engine):
+    """The state rests and allows for any step; the sum of the gradients is zero and would, too."""
+
+    def field(t, y):
+        return 3 * torch.cos(10 * t) * torch.stack([y[1], -y[0]]) - y / 2
+
+    t = torch.linspace(0, 2, 9, dtype=F64)
+    y0 = torch.zeros(2, dtype=F64, requires_grad=True)
+    results = []
+    for odeint, more in (
+        (flashode.odeint_adjoint, {"adjoint_params": (), "adjoint": adjoint, "engine": engine}),
+        (flashode.odeint, {"method": "dopri8", "options": {"max_step": 0.01}}),
+    ):
+        ys = odeint(field, y0, t, rtol=1e-7, atol=1e-7, **more)
+        results += torch.autograd.grad(cancelling(ys), y0)
+    assert off_by(*results) < 1e-5
+
+
+@pytest.mark.parametrize("adjoint", ["backsolve", "interpolated"])
+def test_gradients_that_cancel_keep_the_tolerance(adjoint, engine):
+    results = []
+    for odeint, rtol, more in (
+        (flashode.odeint_adjoint, 1e-7, {"adjoint": adjoint, "engine": engine}),
+        (flashode.odeint, 1e-11, {"method": "dopri8"}),
+    ):
+        field = Field()
+        y0 = torch.linspace(-1, 1, 6, dtype=F64).reshape(3, 2).requires_grad_()
+        ys = odeint(field, y0, torch.linspace(0, 3, 21, dtype=F64), rtol=rtol, atol=rtol, **more)
+        grads = torch.autograd.grad(cancelling(ys), [y0, *field.parameters()])
+        results.append(torch.cat([g.reshape(-1) for g in grads]))
+    assert off_by(*results) < 1e-5
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("belongs_to", ["before", "after"])
+def test_a_step_that_passes_outputs_over_sees_its_own_side_of_a_jump(belongs_to, backward, engine):
+    def field(t, y):
+        before = t <= 0.5 if belongs_to == "before" else t < 0.5
+        return 3 * y if before else -2 * torch.sin(4 * y)
+
+    t = torch.linspace(0, 1, 53, dtype=F64)
+    t = t.flip(0) if backward else t
+    y0 = torch.tensor([0.3, 1.0], dtype=F64, requires_grad=True)
+    results = []
+    for odeint, tol, more in (
+        (flashode.odeint_adjoint, 1e-7, {"adjoint_params": (), "engine": engine}),
+        (flashode.odeint, 1e-11, {}),
+    ):
+        options = {"jump_t": torch.tensor([0.5], dtype=F64)}
+        ys = odeint(field, y0, t, rtol=tol, atol=tol / 100, options=options, **more)
+        results += torch.autograd.grad(ys.square().sum(), y0)
+    assert off_by(*results) < 1e-6
+
+
+def test_the_path_is_let_go_after_the_backward_pass(engine):
+    y0 = torch.ones(3, dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 1.0], dtype=F64)
+    ys = flashode.odeint_adjoint(
+        lambda t, y: torch.sin(y), y0, t, adjoint_params=(), adjoint="interpolated", engine=engine
+    )
+    (first,) = torch.autograd.grad(ys[-1].sum(), y0, retain_graph=True)
+    (second,) = torch.autograd.grad(ys[-1].sum(), y0)
+    assert torch.equal(first, second)
+    assert not ys.grad_fn.recording.polynomials
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(ys[-1].sum(), y0)
+
+
+@pytest.mark.parametrize("option", [{"restart": True}, {"grid_constructor": lambda f, y0, t: t}])
+def test_interpolated_refuses_what_needs_restarts(option):
+    with pytest.raises(flashode.ArgumentError, match="is for adjoint='backsolve'"):
+        flashode.odeint_adjoint(
+            lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), adjoint_params=(),
+            adjoint="interpolated", adjoint_method="rk4", adjoint_options=option,
+        )  # fmt: skip

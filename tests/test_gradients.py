@@ -410,3 +410,94 @@ def test_training_reduces_a_loss(engine):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+ADJOINTS = ["backsolve", "interpolated", "checkpoint"]
+
+
+class Encoded(torch.nn.Module):
+    """A field whose own encoder makes what it is called with, or starts from."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = torch.nn.Linear(3, 2, dtype=F64)
+        self.w = torch.nn.Parameter(torch.randn(2, 2, dtype=F64))
+
+    def forward(self, t, y, z, twice):
+        return torch.tanh(y @ self.w + z * twice["z"])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_listed_tensors_made_from_listed_ones_count_once(adjoint, order, engine):
+    """The encoder's weights are parameters of the field, and behind the field's arguments and y0."""
+    if order == 2 and adjoint != "checkpoint":
+        pytest.skip("first derivatives only")
+    results = []
+    for odeint, more in ((flashode.odeint, {}), (flashode.odeint_adjoint, {"adjoint": adjoint})):
+        field = Encoded()
+        z = field.encoder(torch.ones(3, dtype=F64))
+        ys = odeint(
+            field, z.sin(), torch.linspace(0, 1, 4, dtype=F64), args=(z, {"z": z.exp()}),
+            rtol=1e-9, atol=1e-11, engine=engine, **more,
+        )  # fmt: skip
+        params = list(field.parameters())
+        grads = torch.autograd.grad(ys.square().sum(), params, create_graph=order == 2)
+        if order == 2:
+            grads = torch.autograd.grad(sum(g.square().sum() for g in grads), params)
+        results.append(torch.cat([g.reshape(-1) for g in grads]))
+    direct, got = results
+    tol = 1e-11 if adjoint == "checkpoint" else 1e-6
+    torch.testing.assert_close(got, direct, rtol=tol, atol=tol)
+
+
+def test_checkpoints_of_a_tuple_are_not_written_over(engine):
+    """A recording holds the flat state; the field sees views of it."""
+
+    def field(t, y):
+        return torch.tanh(y[0]) * torch.cos(t), y[0].sum() * y[1]
+
+    results = []
+    for odeint, more in (
+        (flashode.odeint, {}),
+        (flashode.odeint_adjoint, {"adjoint": "checkpoint", "adjoint_params": ()}),
+    ):
+        y0 = torch.linspace(-1, 1.5, 4, dtype=F64).requires_grad_(), torch.ones((), dtype=F64)
+        ys = odeint(field, y0, torch.linspace(0, 2, 5, dtype=F64), engine=engine, **more)
+        results += torch.autograd.grad(ys[0].square().sum() + ys[1].sum(), y0[0])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_an_event_at_the_start_leaves_the_gradient_as_it_is(adjoint):
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+    w = torch.ones((), dtype=F64, requires_grad=True)
+    _, ys = flashode.odeint_adjoint(
+        lambda t, y: -w * y, y0, t, event_fn=lambda t, y: y[0] - 1, adjoint=adjoint, adjoint_params=(w,)
+    )
+    (3 * ys[0] + ys[1]).sum().backward()
+    assert y0.grad.tolist() == [4.0, 4.0]
+    assert w.grad.item() == 0
+    assert t.grad.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_the_backward_pass_takes_up_the_autocast_of_the_forward_pass(adjoint, engine):
+    seen = set()
+
+    def field(t, y):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return -y
+
+    for enabled in (False, True):
+        seen.clear()
+        y0 = torch.ones(2, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ys = flashode.odeint_adjoint(
+                field, y0, torch.tensor([0.0, 1.0]), adjoint_params=(), adjoint=adjoint, engine=engine
+            )
+        with torch.autocast("cpu", torch.bfloat16, enabled=not enabled):
+            ys.sum().backward()
+        assert seen == {enabled}

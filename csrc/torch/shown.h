@@ -34,14 +34,16 @@ inline Counts counts_of(PyObject* object) {
           int64_t(tensor.storage().use_count())};
 }
 
-// Whether a tensor is held by its one Python object and by nothing else. Memory that torch did not
+// Whether a tensor is held by its one Python object and by nothing else, but for `views` of ours. Memory that torch did not
 // allocate (an array's, say) has an owner who does not count here; such storages cannot be resized.
-inline bool is_ours_alone(PyObject* object) {
+inline bool is_ours_alone(PyObject* object, int64_t views = 0) {
   static const Counts alone = [] {
     const py::object fresh = wrap(at::empty({1}, at::kFloat));
     return counts_of(fresh.ptr());
   }();
-  return counts_of(object) == alone && THPVariable_Unpack(object).storage().resizable();
+  Counts counts = counts_of(object);
+  counts.storage -= views;
+  return counts == alone && THPVariable_Unpack(object).storage().resizable();
 }
 
 // The members of a tuple state, one after the other in the flat state; none for a state of one tensor.
@@ -72,7 +74,7 @@ class Shown {
                      const Shapes& shapes = {}) {
     if (flat.defined() && unshared()) return;
     flat = at::empty(sizes, options);
-    argument = shown(flat, shapes);
+    show(shapes);
     // What holds for a fresh tensor is what "nobody kept it" looks like.
     fresh_ = counts();
   }
@@ -80,7 +82,7 @@ class Shown {
   // Shows a tensor that autograd made and that is never written again.
   void adopt(at::Tensor state, const Shapes& shapes) {
     flat = std::move(state);
-    argument = shown(flat, shapes);
+    show(shapes);
     fresh_.clear();
   }
 
@@ -95,11 +97,18 @@ class Shown {
   py::object argument;
 
  private:
+  void show(const Shapes& shapes) {
+    whole_ = wrap(flat);
+    argument = shapes.empty() ? whole_ : shown(flat, shapes);
+  }
+
   bool is_tuple() const { return PyTuple_Check(argument.ptr()); }
 
   std::vector<Counts> counts() const {
     if (!is_tuple()) return {counts_of(argument.ptr())};
-    std::vector<Counts> all = {{int64_t(Py_REFCNT(argument.ptr())), 0, 0}};
+    // The flat tensor may be kept as well: of that its members' counts say nothing.
+    std::vector<Counts> all = {{int64_t(Py_REFCNT(argument.ptr())), 0, 0},
+                               counts_of(whole_.ptr())};
     for (const py::handle member : py::reinterpret_borrow<py::tuple>(argument)) {
       all.push_back(counts_of(member.ptr()));
     }
@@ -116,6 +125,7 @@ class Shown {
     return counts() == fresh_;
   }
 
+  py::object whole_;  // the flat tensor as Python sees it
   std::vector<Counts> fresh_;
 };
 

@@ -68,16 +68,24 @@ class Vjp {
       }
     }
     if (!slopes.of_y.defined()) slopes.of_y = at::zeros_like(y);
-    slopes.f = value.variable_data();
-    value.reset();  // or the counts would include our own
-    if (field_.shapes.empty() && !is_ours_alone(returned.ptr())) slopes.f = slopes.f.clone();
-    slopes.f = slopes.f.contiguous();
+    slopes.f = own_memory(std::move(value), returned);
     return slopes;
   }
 
   const std::vector<at::Tensor>& params() const { return params_; }
 
  private:
+  // A slope without its graph, copied unless its memory is ours alone.
+  at::Tensor own_memory(at::Tensor value, const py::object& returned) const {
+    if (!field_.shapes.empty()) return value.variable_data();  // joined from its members just now
+    const bool as_returned = value.unsafeGetTensorImpl() == unpack(returned).unsafeGetTensorImpl();
+    const at::Tensor f = value.variable_data().contiguous();
+    if (!as_returned) return f.clone();
+    value.reset();  // or the counts would include our own, as they would that of f
+    const int64_t views = f.storage().is_alias_of(unpack(returned).storage()) ? 1 : 0;
+    return views == 0 || is_ours_alone(returned.ptr(), views) ? f : f.clone();
+  }
+
   static std::vector<at::Tensor> pull_back(const at::Tensor& value,
                                            const std::vector<at::Tensor>& inputs,
                                            const at::Tensor& cotangent) {

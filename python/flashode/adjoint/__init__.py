@@ -6,7 +6,6 @@ dense output of the forward solve, and ``checkpoint`` replays the accepted steps
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,6 +16,7 @@ from ..errors import ArgumentError
 from ..problem import Problem
 from ..solution import Solution, finish
 from . import backsolve, checkpoint
+from .apart import apart
 from .spec import AdjointSpec, Record
 
 _MODES = {"backsolve": backsolve, "interpolated": backsolve, "checkpoint": checkpoint}
@@ -82,6 +82,8 @@ class _Adjoint(torch.autograd.Function):
                 grads = mode.gradients(record, grad_ys, any(ctx.needs_input_grad[6:8]))
         # Only `checkpoint` differentiates the grid: to the others, t is the only time there is.
         adj_y, grad_t, adj_params, grad_grid = grads if mode is checkpoint else (*grads, None)
+        if not (with_graph and mode is checkpoint):
+            adj_params = apart(params, adj_params)
         grads = adj_y, grad_t, grad_grid, *adj_params
         if with_graph and mode is not checkpoint:
             grads = _FirstOnly.apply(torch.zeros((), requires_grad=True), *grads)
@@ -90,10 +92,9 @@ class _Adjoint(torch.autograd.Function):
 
 def _autocast(device_type: str):
     """Makes the context under which ``func`` ran: its dtypes must be the same in both passes."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext
-    dtype, cache = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
-    return lambda: torch.autocast(device_type, dtype, cache_enabled=cache)
+    enabled, cache = torch.is_autocast_enabled(device_type), torch.is_autocast_cache_enabled()
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=cache)
 
 
 def _require_finite_gradients(t, grad_ys):

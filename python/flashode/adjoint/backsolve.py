@@ -34,6 +34,9 @@ _DRIFT, _DRIFT_OF_STATE = 1e4, 0.3
 
 def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
     """To the state, to the times (None unless asked for) and to the parameters."""
+    if len(record.t) > 1 and record.t[0] == record.t[-1]:  # the event fired at the start
+        grad_t = torch.zeros_like(record.t) if needs_t else None
+        return grad_ys.sum(0), grad_t, [torch.zeros_like(p) for p in record.params]
     grad_t = _moved(record, grad_ys) if needs_t else None
     if record.steps is None and (record.spec.restart or _only_restart_serves(record)):
         vjp_t, adj_y, adj_params = restart.sweep(record, grad_ys, grad_t)

@@ -15,6 +15,7 @@ import torch
 from ..engines import ENGINES
 from ..problem import Problem
 from ..solution import Landing
+from .apart import apart
 from .reached import warn_unlisted
 from .schedule import reversal, thinned
 from .spec import Record
@@ -103,9 +104,12 @@ def differentiable_gradients(record: Record, grad_ys: torch.Tensor, given):
         for number in range(len(record.steps.steps)):
             *state, outputs = replay.step(number, *state)
             rows += [values for _, values in outputs]
+        if not record.steps.steps:  # every output is the start, as of an event that fired there
+            rows *= len(record.ys)
         inputs = *given, *record.params
         reached = [x for x in inputs if x is not None]
         grads = torch.autograd.grad(torch.cat(rows), reached, grad_ys, create_graph=True, allow_unused=True)
+        grads = apart(reached, grads, create_graph=True)
     found = iter(grads)
     adj_y, grad_t, grad_grid, *adj_params = (None if x is None else next(found) for x in inputs)
     return adj_y, grad_t, adj_params, grad_grid

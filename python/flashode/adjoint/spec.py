@@ -89,6 +89,12 @@ def make_spec(
             f"adjoint='interpolated' needs a forward method with step-size control, whose dense output is of its "
             f"order; method={problem.method.name!r} has none: use adjoint='checkpoint'"
         )
+    refused = [name for name in ("restart", "grid_constructor") if options.get(name)]
+    if mode == "interpolated" and refused:
+        raise ArgumentError(
+            f"adjoint='interpolated' solves backwards in one sweep: adjoint_options[{refused[0]!r}] is for "
+            "adjoint='backsolve'"
+        )
     norm = options.pop("norm", None)
     restart = arguments.flag(options, "restart", "adjoint_options")
     options.pop("restart", None)

@@ -31,6 +31,10 @@ from .reference import StepFailure, combine, mean_square_norm, scaled_error, sta
 # without, landing serves to set the state right.
 _SHARE_WITH_JUMPS, _SHARE_WITHOUT = 0.5, 0.8
 
+# The error test of a step sees the sum of the gradients that it moves, `pull_back` depends on each.
+# Where they cancel, up to this many times larger than their sum, the step ends at the first.
+_CANCELS = 10.0
+
 
 def sweep(augmented: Augmented) -> Gradients:
     """From the last output back to the first."""
@@ -208,7 +212,28 @@ class Sweep:
             t_last = p.times[end - 1]
             if t_last < t1 and t_last - self.t0 >= share * (t1 - self.t0):
                 t1, jumps = t_last, False
+        moved = self.jumps_in(self.next, end - (p.times[end - 1] == t1))
+        if moved and self.cancel(moved):
+            i = g.jumps.index(True, self.next)
+            t1, jumps, end = p.times[i], False, i + 1
         return t1, jumps, end
+
+    def cancel(self, moved):
+        """Whether the adjoint with the gradients of that many outputs to come is so much smaller than what
+        it lacks between them that an error test of it says nothing about their correction."""
+        last, offsets = len(self.p.times) - self.next, self.p.norm_offsets
+        sizes = [end - begin for begin, end in zip(offsets, offsets[1:])]
+
+        def squares(x):
+            flat = x.reshape(-1).abs().double().square()
+            return torch.stack([member.sum() for member in flat.split(sizes)])
+
+        missing, later = [], torch.zeros_like(self.y)
+        for row in range(last - moved, last):
+            later = later + self.g.grad_ys[row]
+            missing.append(squares(later))
+        most = squares(self.adj_with(moved)) * _CANCELS**2
+        return bool((torch.stack(missing) > most).any())
 
     def adaptive_step(self):
         """Tries steps until one is accepted, and makes it."""
@@ -281,18 +306,21 @@ class Sweep:
         weights[:, : len(self.b)] -= torch.tensor(self.b, dtype=torch.float64)
         flat = (signed * weights.T).to(rows) @ rows.reshape(self.moved, -1)
         sources = flat.to(g.ys.dtype).reshape(-1, *p.y0.shape)
-        states = self.states_at([1 - c_j for c_j in self.all_c], dt)
+        states = self.states_at([1 - c_j for c_j in self.all_c], t1, dt)
         products = [None] * len(sources)
         for j in reversed(range(len(sources))):
             later = range(j + 1, len(sources))
             cotangent = combine(sources[j], [products[i] for i in later],
                                 [signed * self.all_a[i][j] for i in later])  # fmt: skip
-            t_j = self.t0 if self.all_c[j] == 1 else t1 if self.all_c[j] == 0 else t1 - self.all_c[j] * dt
-            _, products[j], of_integrals = self.evaluate(t_j, states[j], cotangent)
+            # Where the field jumps, its side is that of the step.
+            t_j, nudge = {1.0: (self.t0, self.nudge), 0.0: (t1, -1)}.get(
+                self.all_c[j], (t1 - self.all_c[j] * dt, 0)
+            )
+            _, products[j], of_integrals = self.evaluate(t_j, states[j], cotangent, nudge=nudge)
             integrals1 = self.add(integrals1, of_integrals, 1)
         return combine(adj1, products, [1.0] * len(products)), integrals1
 
-    def states_at(self, positions, dt):
+    def states_at(self, positions, t1, dt):
         """y at positions in [0, 1] of the step."""
         p = self.p
         if self.g.path is not None:
@@ -302,7 +330,9 @@ class Sweep:
         for i in range(len(self.c), len(self.all_c)):
             y_i = combine(self.y, k, [a_ij * signed for a_ij in self.all_a[i]])
             self.nfe += 1
-            k.append(p.slope(p.func(stage_time(p, self.t0 + self.all_c[i] * dt), p.unflatten(y_i), *p.args)))
+            at_end = self.all_c[i] == 1
+            time = stage_time(p, t1 if at_end else self.t0 + self.all_c[i] * dt, nudge=-1 if at_end else 0)
+            k.append(p.slope(p.func(time, p.unflatten(y_i), *p.args)))
         weights = weights_at(p.dense, torch.tensor(positions, dtype=torch.float64)) * signed
         return [combine(self.y, k, row) for row in weights.tolist()]
 
