@@ -160,6 +160,16 @@ def test_restart_makes_the_calls_of_torchdiffeq(engine):
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
+def test_restart_serves_parameters_of_another_dtype(native):
+    w = torch.tensor(0.3, requires_grad=True)  # single precision beside a state in double
+    y0, t = torch.ones(2, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+    ys = flashode.odeint_adjoint(
+        lambda t, y: -w * y, y0, t, adjoint_params=(w,), adjoint_options={"restart": True}, engine=native
+    )
+    ys[-1].sum().backward()
+    assert w.grad.item() == pytest.approx(-2 * math.exp(-0.3), rel=1e-5)
+
+
 def van_der_pol(t, y):
     return torch.stack([y[1], (1 - y[0] ** 2) * y[1] - y[0]])
 

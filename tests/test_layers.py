@@ -36,6 +36,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TWINS = {
     "python/flashode/control.py": "csrc/kernels/control.h",
     "python/flashode/engines/reference.py": "csrc/torch/driver.cpp",
+    "python/flashode/engines/reference_sweep.py": "csrc/torch/sweep.cpp",
 }
 
 
@@ -110,7 +111,7 @@ def names_in_order(path):
     text = path.read_text()
     if path.suffix == ".py":
         return [name for _, name in sorted(python_functions(path))]
-    pattern = r"^(?:FLASHODE_HD )?[\w:<>,\s&*]*?\b(?:Run::)?(\w+)\([^;]*?\)(?: const)? \{"
+    pattern = r"^(?:FLASHODE_HD )?[\w:<>,\s&*]*?\b(?:(?:Run|Sweep)::)?(\w+)\([^;]*?\)(?: const)? \{"
     return re.findall(pattern, text, re.M)
 
 
@@ -122,6 +123,9 @@ def test_twins_have_the_same_functions_in_the_same_order(python, cpp):
         "control.py": {"first_guess", "initial_step", "accept", "next_step", "clamp_step"},
         "reference.py": {"outcome", "error_norm", "first_step", "rk_step", "landing",
                          "adaptive_step", "fixed_step", "interpolate", "emit", "combine"},
+        "reference_sweep.py": {"outcome", "evaluate", "error_norm", "first_step", "begin", "adj_with", "rk_step",
+                               "landing", "cancel", "adaptive_step", "jumps_in", "fixed_step", "pull_back",
+                               "states_at", "arrive", "distance"},
     }[Path(python).name]  # fmt: skip
     assert expected <= set(shared)
     in_order = [name for name in ours if name in expected and name not in ("combine", "solve", "clamp_step")]

@@ -75,6 +75,7 @@ class Sweep {
   void fixed_step(double t1);
   void pull_back(double t1, double dt);
   at::Tensor states_at(const std::vector<double>& positions, double t1, double dt);
+  size_t path_step_at(double t) const;
   at::Tensor on_path(double t, const TimeTarget& time = {});
   void arrive(const End& end);
   at::Tensor distance(const at::Tensor& y1, const at::Tensor& stored) const;
@@ -360,6 +361,11 @@ void Sweep::rk_step(double t1, double dt) {
 // The end of the next step, whether the field jumps there, and the outputs up to it.
 End Sweep::landing(double t1) {
   End end{std::min(t1, times_.back()), false, 0};
+  if (has_path_) {
+    // y has no error test here: what the forward solve had to resolve, the sweep has to.
+    const size_t i = path_step_at(-t0_);
+    end.t = std::min(end.t, t0_ + path_ends_[i] - path_begins_[i]);
+  }
   while (next_stop_ < stops_.size() && stops_[next_stop_].first <= t0_) ++next_stop_;
   if (next_stop_ < stops_.size() && stops_[next_stop_].first <= end.t) {
     end.t = stops_[next_stop_].first;
@@ -550,11 +556,16 @@ at::Tensor Sweep::states_at(const std::vector<double>& positions, double t1, dou
   return states;
 }
 
+// Number of the path's step that ends at or after a time of the forward solve.
+size_t Sweep::path_step_at(double t) const {
+  const auto found = std::lower_bound(path_ends_.begin(), path_ends_.end(), t);
+  return std::min(size_t(found - path_ends_.begin()), path_ends_.size() - 1);
+}
+
 // y at a time of the sweep, from the path.
 at::Tensor Sweep::on_path(double t, const TimeTarget& time) {
   const double forward = -t;  // the two clocks run against each other
-  const auto found = std::lower_bound(path_ends_.begin(), path_ends_.end(), forward);
-  const size_t i = std::min(size_t(found - path_ends_.begin()), path_ends_.size() - 1);
+  const size_t i = path_step_at(forward);
   const double x = (forward - path_begins_[i]) / (path_ends_[i] - path_begins_[i]);
   Tensors coefficients;
   Row powers;

@@ -39,9 +39,13 @@ class Path:
         polynomials, self.polynomials = self.polynomials, []
         return polynomials
 
+    def step_at(self, t: float) -> int:
+        """Number of the step that ends at or after a time."""
+        return min(bisect.bisect_left(self.ends, t), len(self.ends) - 1)
+
     def __call__(self, t: float) -> torch.Tensor:
         """y at a time of the solve."""
-        i = min(bisect.bisect_left(self.ends, t), len(self.ends) - 1)
+        i = self.step_at(t)
         x = (t - self.begins[i]) / (self.ends[i] - self.begins[i])
         y, *coefficients = self.polynomials[i]
         return y + sum(x ** (power + 1) * c for power, c in enumerate(coefficients))

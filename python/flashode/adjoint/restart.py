@@ -86,7 +86,8 @@ def _solve_back(field: _AugmentedField, spec: AdjointSpec, t, vjp_t, y, adj_y, a
     problem = Problem.from_call(field, state, t, rtol, atol, spec.method, spec.options, None)
     if spec.seminorm:
         problem = replace(problem, counted=1 + 2 * field.members)
-    engine = choose(problem, spec.engine)
+    # A parameter of another dtype than the state's makes a tuple that the native engine leaves to the other.
+    engine = choose(problem, "reference" if spec.engine == "reference" else "auto")
     solution = finish(problem, ENGINES[engine].solve(problem), engine, throw=True)
     vjp_t, _, adj_ys, adj_params = field.take_apart([member[-1] for member in solution.ys])
     return vjp_t, field.join(adj_ys), list(adj_params)

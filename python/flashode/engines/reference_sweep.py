@@ -202,6 +202,10 @@ class Sweep:
         """The end of the next step, whether the field jumps there, and the outputs up to it."""
         p, g = self.p, self.g
         t1, jumps = min(t1, p.times[-1]), False
+        if g.path is not None:
+            # y has no error test here: what the forward solve had to resolve, the sweep has to.
+            i = g.path.step_at(-self.t0)
+            t1 = min(t1, self.t0 + g.path.ends[i] - g.path.begins[i])
         while self.next_stop < len(p.stops) and p.stops[self.next_stop][0] <= self.t0:
             self.next_stop += 1
         if self.next_stop < len(p.stops) and p.stops[self.next_stop][0] <= t1:
