@@ -41,10 +41,36 @@ def rows(report):
 def test_van_der_pol_to_20_is_found_wrong_by_backsolve():
     """At default tolerances the cycle is left on the way back: (-6.4, 5.7) in place of (2.6, 0.96)."""
     y0, t = torch.tensor([2.0, 0.0], dtype=F64), torch.tensor([0.0, 20.0], dtype=F64)
-    report = check_gradients(VanDerPol(), y0, t, loss=last, modes=MODES)
-    assert rows(report)["direct"].error < 1e-5
+    report = check_gradients(VanDerPol(), y0, t, loss=last, modes=(*MODES, "checkpoint", "interpolated"))
+    for mode in ("direct", "checkpoint", "interpolated"):
+        assert rows(report)[mode].error < 1e-5
     assert rows(report)["backsolve"].errors["y0"] > 1
-    assert re.fullmatch(r"backsolve is wrong by [34]\.\d here: use odeint", report.verdict)
+    assert re.fullmatch(r"backsolve is wrong by [34]\.\d here: use adjoint='checkpoint'", report.verdict)
+    least, *_, most = sorted(report.rows, key=lambda row: row.bytes)
+    assert (least.mode, most.mode) == ("backsolve", "direct")
+
+
+def test_a_stiff_scalar_is_right_by_checkpoint_and_its_backsolve_is_reported():
+    """y' = -50 (y - cos t): torchdiffeq's adjoint has the wrong sign at 1e-3, or many times the size."""
+    t, y0 = torch.tensor([0.0, 5.0], dtype=F64), torch.zeros(1, dtype=F64)
+
+    def report(tol):
+        rate = torch.tensor(50.0, dtype=F64, requires_grad=True)
+        return check_gradients(
+            lambda t, y, rate: -rate * (y - torch.cos(t)), y0, t, args=(rate,), rtol=tol, atol=tol, loss=last,
+            modes=("direct", "checkpoint", "interpolated", "backsolve"),
+        )  # fmt: skip
+
+    loose = report(1e-3)
+    assert rows(loose)["backsolve"].errors["params"] > 1e3
+    assert rows(loose)["interpolated"].errors["params"] < 0.1
+    assert loose.verdict.startswith("no mode is right here")  # the gradient to y0 is exp(-250)
+    tight = report(1e-6)
+    # The derivative itself is 0.000388.
+    assert 0.000388 * rows(tight)["checkpoint"].errors["params"] < 1e-6
+    off_direct = rows(tight)["direct"].errors["params"]
+    assert rows(tight)["checkpoint"].errors["params"] == pytest.approx(off_direct, rel=1e-6)
+    assert rows(tight)["backsolve"].errors["params"] > 10 * off_direct
 
 
 def test_a_stiff_solve_that_cannot_go_back_is_told_so():

@@ -36,7 +36,7 @@ class GradientRow:
             of them is taken for that.
         nfe_forward, nfe_backward: calls of ``func`` in either pass.
         seconds: of both passes.
-        bytes: the most that autograd held at a time for a backward pass, the given tensors left out.
+        bytes: the most that was held at a time for a backward pass, the given tensors left out.
         failure: the message of the `SolveError` that ended it; the other entries are then NaN or 0.
     """
 
@@ -269,13 +269,13 @@ def _row(case, mode, truth, forward, backward) -> GradientRow:
     saved = _Saved(tree_leaves((case.y0, case.t, case.args, case.params, *map(list, own))))
     try:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            _run(case, mode, forward, backward)
+            states = _run(case, mode, forward, backward).bytes
         # Again, because the hooks take time.
         run = _run(case, mode, forward, backward)
     except SolveError as error:
         return GradientRow(mode, dict.fromkeys(truth, float("nan")), failure=str(error))
     return GradientRow(
-        mode, _errors(run.grads, truth), run.nfe_forward, run.nfe_backward, run.seconds, saved.peak
+        mode, _errors(run.grads, truth), run.nfe_forward, run.nfe_backward, run.seconds, saved.peak + states
     )
 
 
@@ -297,6 +297,7 @@ class _Run:
     nfe_forward: int
     nfe_backward: int
     seconds: float
+    bytes: int  # of the states that `checkpoint` holds, of which autograd knows nothing
 
 
 def _run(case: _Case, mode, forward, backward) -> _Run:
@@ -322,13 +323,25 @@ def _run(case: _Case, mode, forward, backward) -> _Run:
         value = case.loss(ys)
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
             raise ArgumentTypeError(f"loss must return a real scalar Tensor, got {kind_of(value)}")
-        nfe = func.calls
+        nfe, states = func.calls, _states_behind(value)
         inputs = case.inputs
         flat = iter(
             torch.autograd.grad(value, tree_leaves(inputs), allow_unused=True, materialize_grads=True)
         )
         grads = {group: [next(flat) for _ in tensors] for group, tensors in inputs.items()}
-    return _Run(grads, nfe, func.calls - nfe, time.perf_counter() - begin)
+    return _Run(grads, nfe, func.calls - nfe, time.perf_counter() - begin, states)
+
+
+def _states_behind(value) -> int:
+    """Bytes that recordings of steps hold in the graph of ``value``."""
+    nodes, seen, total = [value.grad_fn], set(), 0
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            total += getattr(getattr(node, "recording", None), "nbytes", 0)
+            nodes += (behind for behind, _ in node.next_functions)
+    return total
 
 
 class _Counted:

@@ -59,6 +59,11 @@ class Recording:
         # The field may have asked for gradients of what it was shown.
         self.held[len(self.steps) - 1] = y0.detach(), None if f0 is None else f0.detach()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the states that are held."""
+        return sum(x.nbytes for state in self.held.values() for x in state if x is not None)
+
 
 def gradients(record: Record, grad_ys: torch.Tensor, needs_time: bool):
     """To the state, to the times (None unless asked for), to the parameters, and to the grid of fixed
