@@ -284,6 +284,22 @@ def test_gradcheck(mode, engine):
     assert torch.autograd.gradcheck(function, (y0, t, a, b), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["backsolve", "interpolated", "checkpoint"])
+def test_a_device_gives_the_gradients_of_the_reference_on_a_cpu(mode, device, native):
+    """Norms, products and integrals where the state lives; some outputs in a step, some at its end."""
+    t = torch.tensor([0.0, 0.1, 0.11, 0.12, 0.6, 1.0], dtype=F64)
+    grads = []
+    for place, engine in ((torch.device("cpu"), "reference"), (device, native)):
+        field = Net(hidden=40, dtype=F64).to(place)
+        y0 = torch.linspace(-1, 1, 200, dtype=F64, device=place).reshape(100, 2).requires_grad_()
+        ys = flashode.odeint_adjoint(
+            field, y0, t.to(place), rtol=1e-6, atol=1e-8, adjoint=mode, engine=engine
+        )
+        found = torch.autograd.grad(ys.square().sum(), [y0, *field.parameters()])
+        grads.append(torch.cat([g.reshape(-1).cpu() for g in found]))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
+
+
 def test_parameters_of_any_layout_and_dtype(engine):
     """Single precision beside double, transposed memory, no elements, no dimensions."""
 
