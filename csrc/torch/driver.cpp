@@ -15,7 +15,6 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensor.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -24,46 +23,12 @@
 
 #include "field.h"
 #include "native.h"
+#include "problem.h"
 #include "shown.h"
 
 namespace flashode {
 
-Row::Row(const std::vector<double>& entries) {
-  for (size_t j = 0; j < entries.size(); ++j) {
-    if (entries[j] == 0) continue;
-    stage.push_back(int(j));
-    weight.push_back(entries[j]);
-  }
-}
-
-Table::Table(const std::vector<double>& c, const std::vector<std::vector<double>>& a,
-             const std::vector<double>& b, const std::vector<double>& b_err, bool fsal)
-    : c(c), a(a.begin(), a.end()), b(b), b_err(b_err), fsal(fsal) {}
-
-Interpolant::Interpolant(const std::vector<std::vector<double>>& all,
-                         const std::vector<double>& extra_c,
-                         const std::vector<std::vector<double>>& extra_a)
-    : extra_c(extra_c), extra_a(extra_a.begin(), extra_a.end()) {
-  for (size_t j = 0; j < all.size(); ++j) {
-    if (std::all_of(all[j].begin(), all[j].end(), [](double w) { return w == 0; })) continue;
-    stage.push_back(int(j));
-    weights.push_back(all[j]);
-  }
-}
-
 namespace {
-
-template <class Stream>
-void* handle_of(const Stream& stream, c10::Device device) {
-  if constexpr (requires { stream.native_handle(); }) {
-    return stream.native_handle();
-  } else {  // torch before Stream::native_handle
-    const py::gil_scoped_acquire gil;
-    const py::object handle = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")(
-        int(device.index()));
-    return reinterpret_cast<void*>(handle.cast<uintptr_t>());
-  }
-}
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kReleaseGil = 1 << 16;  // elements from which other threads get to run
@@ -93,7 +58,6 @@ class Run {
   void begin();
   py::dict outcome(Status status);
   at::Tensor call_at_state(const at::Tensor& shift, int nudge);
-  Terms terms_of(const std::vector<int>& stages) const;
   bool records(const at::Tensor& y0, const std::vector<int>& stages) const;
   bool combine(Shown& target, const at::Tensor& y0, const Row& row, double signed_dt,
                const TimeTarget& time = {});
@@ -259,12 +223,6 @@ at::Tensor Run::call_at_state(const at::Tensor& shift, int nudge) {
   return k;
 }
 
-Terms Run::terms_of(const std::vector<int>& stages) const {
-  Terms terms;
-  for (const int j : stages) terms.k[terms.count++] = k_[j].const_data_ptr();
-  return terms;
-}
-
 // Whether y0 + sum_j coef_j k_j over these stages has a gradient to carry.
 bool Run::records(const at::Tensor& y0, const std::vector<int>& stages) const {
   return grad_mode_ && (y0.requires_grad() || stretch_.defined() ||
@@ -292,7 +250,7 @@ bool Run::combine(Shown& target, const at::Tensor& y0, const Row& row, double si
   field_.make_writable(target);
   std::optional<py::gil_scoped_release> release;
   if (y0.numel() >= kReleaseGil) release.emplace();
-  return run_combine(y0, terms_of(row.stage), coef, 1, target.flat, time);
+  return run_combine(y0, terms_of(k_, row.stage), coef, 1, target.flat, time);
 }
 
 Decision Run::error_norm(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
@@ -402,7 +360,7 @@ Step Run::adaptive_step() {
     const Row& row = table_.b_err;
     for (size_t j = 0; j < row.weight.size(); ++j) coef[j] = direction_ * dt * row.weight[j];
     const Decision decision =
-        error_norm(current_.flat, candidate_.flat, terms_of(row.stage), coef, dt);
+        error_norm(current_.flat, candidate_.flat, terms_of(k_, row.stage), coef, dt);
     error_ratio_ = decision.error_ratio;
     dt_ = decision.next_dt;
     if (decision.accepted) {
@@ -485,7 +443,7 @@ at::Tensor Run::polynomial(const Step& step) {
   shape.insert(shape.begin(), 1 + degree);
   const at::Tensor rows = at::empty(shape, step.y0.options());
   rows.select(0, 0).copy_(step.y0);
-  run_combine({}, terms_of(dense_.stage), coef.data(), degree, rows.narrow(0, 1, degree));
+  run_combine({}, terms_of(k_, dense_.stage), coef.data(), degree, rows.narrow(0, 1, degree));
   return rows;
 }
 
@@ -521,20 +479,14 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
   }
   std::vector<double> coef(size_t(rows * stages));
   for (int64_t row = 0; row < rows; ++row) {
-    const double x = (times_[begin + row] - step.t0) / length;
-    for (int64_t j = 0; j < stages; ++j) {
-      double w = 0;  // Horner
-      for (auto term = dense_.weights[j].rbegin(); term != dense_.weights[j].rend(); ++term) {
-        w = (w + *term) * x;
-      }
-      coef[row * stages + j] = w * signed_dt;
-    }
+    const std::vector<double> w = dense_.at((times_[begin + row] - step.t0) / length);
+    for (int64_t j = 0; j < stages; ++j) coef[row * stages + j] = w[j] * signed_dt;
   }
   bool finite;
   {
     std::optional<py::gil_scoped_release> release;
     if (step.y0.numel() >= kReleaseGil) release.emplace();
-    finite = run_combine(step.y0, terms_of(dense_.stage), coef.data(), rows,
+    finite = run_combine(step.y0, terms_of(k_, dense_.stage), coef.data(), rows,
                          ys_.narrow(0, begin, rows));
   }
   if (unseen && !finite) throw StepFailure{kNonfiniteField};
@@ -623,33 +575,6 @@ py::tuple Run::replay(double t0, double t1, double dt, int landing, const py::ob
 }
 
 }  // namespace
-
-void* current_stream(c10::Device device) {
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  return handle_of(guard.getStream(device), device);
-}
-
-Controller controller_of(const py::object& problem) {
-  const py::object control = problem.attr("control");
-  return {control.attr("order").cast<int>(),       control.attr("safety").cast<double>(),
-          control.attr("ifactor").cast<double>(),  control.attr("dfactor").cast<double>(),
-          control.attr("min_step").cast<double>(), control.attr("max_step").cast<double>()};
-}
-
-Tolerances tolerances_of(const py::object& problem) {
-  Tolerances tol;
-  const auto read = [&](const char* name, double& number, at::Tensor& each) {
-    const py::object value = problem.attr(name);
-    if (THPVariable_Check(value.ptr())) {
-      each = unpack(value).contiguous();
-    } else {
-      number = value.cast<double>();
-    }
-  };
-  read("rtol", tol.rtol, tol.each_rtol);
-  read("atol", tol.atol, tol.each_atol);
-  return tol;
-}
 
 py::dict solve(py::handle problem, const Table& table, const Interpolant& dense,
                py::object recording) {

@@ -31,6 +31,9 @@ struct TimeTarget {
 bool run_combine(const at::Tensor& y0, const Terms& k, const double* coef, int64_t rows,
                  const at::Tensor& out, const TimeTarget& time = {});
 
+// out[row][j] = <g[row], k_j> for rows of n elements, in double.
+void run_inner(const at::Tensor& g, int64_t n, int64_t rows, const Terms& k, const at::Tensor& out);
+
 at::Tensor run_scaled_error(const at::Tensor& y0, const at::Tensor& y1, const Terms& k,
                             const double* coef, const Tolerances& tol);
 

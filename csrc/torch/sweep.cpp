@@ -9,12 +9,10 @@
 #include "sweep.h"
 
 #include <ATen/DeviceGuard.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -25,6 +23,7 @@
 #include <limits>
 
 #include "native.h"
+#include "problem.h"
 #include "vjp.h"
 
 namespace flashode {
@@ -130,12 +129,6 @@ class Sweep {
   Tensors drifts_;
   std::vector<double> drift_times_;
 };
-
-Terms terms_of(const Tensors& k, const std::vector<int>& stages) {
-  Terms terms;
-  for (const int j : stages) terms.k[terms.count++] = k[j].const_data_ptr();
-  return terms;
-}
 
 std::vector<double> scaled(const std::vector<double>& weights, double scale) {
   std::vector<double> result(weights);
@@ -655,13 +648,8 @@ at::Tensor Sweep::combined(const at::Tensor& y0, const Tensors& k, const Row& ro
 // Weights of dense output for every stage.
 std::vector<double> Sweep::weights_at(double x) const {
   std::vector<double> all(c_.size());
-  for (size_t j = 0; j < dense_.stage.size(); ++j) {
-    double w = 0;  // Horner
-    for (auto term = dense_.weights[j].rbegin(); term != dense_.weights[j].rend(); ++term) {
-      w = (w + *term) * x;
-    }
-    all[dense_.stage[j]] = w;
-  }
+  const std::vector<double> values = dense_.at(x);
+  for (size_t j = 0; j < values.size(); ++j) all[dense_.stage[j]] = values[j];
   return all;
 }
 

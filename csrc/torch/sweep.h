@@ -1,7 +1,9 @@
 // The native engine's backward solve.
 #pragma once
 
-#include "driver.h"
+#include <pybind11/pybind11.h>
+
+#include "method.h"
 
 namespace flashode {
 
