@@ -52,15 +52,16 @@ class _Adjoint(torch.autograd.Function):
         result.append(finish(problem, outcome, engine, throw=True))
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
         times = problem.t if problem.event_fn is None else torch.stack([problem.t[0], event_t])
-        if recording is not None:
-            recording.event_t = outcome.event_t
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
         ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
         ctx.autocast = _autocast(problem.y0.device.type)
-        given = [None, None, None]
-        if recording is not None:  # for second derivatives; what requires none may be written into
+        given, polynomials = [None, None, None], []
+        if isinstance(recording, Path):
+            polynomials = recording.release()
+        elif recording is not None:
+            recording.event_t = outcome.event_t
+            # For second derivatives; what requires none may be written into.
             given = [x if x is not None and x.requires_grad else None for x in (y0, t, grid)]
-        polynomials = recording.release() if isinstance(recording, Path) else []
         ctx.save_for_backward(times, outcome.ys, *given, *params, *polynomials)
         ctx.mark_non_differentiable(event_t)
         return outcome.ys, event_t
