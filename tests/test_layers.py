@@ -21,7 +21,7 @@ LAYERS = [
     ["engines/reference", "engines/native"],
     ["engines/reference_sweep"],
     ["engines/__init__"],
-    ["adjoint/spec", "adjoint/schedule", "adjoint/apart"],
+    ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
     ["adjoint/reached"],
     ["adjoint/restart", "adjoint/checkpoint"],
     ["adjoint/backsolve"],

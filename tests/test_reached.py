@@ -10,7 +10,7 @@ import torch
 from problems import Net
 
 import flashode
-from flashode.adjoint import reached
+from flashode.adjoint import once
 from flashode.adjoint.reached import warn_unlisted
 
 T = torch.tensor([0.0, 1.0])
@@ -226,14 +226,14 @@ def test_a_field_is_warned_of_once(make):
 
 
 def test_fields_are_forgotten_when_they_die():
-    before = len(reached._examined)
+    before = len(once._said)
     fields = [closure_of(weight(2)) for _ in range(10)]
     for func in fields:
         assert len(warnings_of(func)) == 1
-    assert len(reached._examined) == before + 10
+    assert len(once._said) == before + 10
     del fields, func
     gc.collect()
-    assert len(reached._examined) == before
+    assert len(once._said) == before
 
 
 def test_graphs_may_be_deep_and_slopes_without_graph():

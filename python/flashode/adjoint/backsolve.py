@@ -23,6 +23,7 @@ from ..errors import GradientWarning
 from ..problem import Problem
 from ..solution import backward_failure
 from . import restart
+from .once import first_time
 from .reached import warn_unlisted
 from .spec import Record
 
@@ -133,7 +134,8 @@ def _grid_through(problem: Problem) -> torch.Tensor:
 
 def _warn_of_drift(problem: Problem, result: Gradients):
     rtol = problem.rtol.max().item() if isinstance(problem.rtol, torch.Tensor) else problem.rtol
-    if not (result.drift <= _DRIFT and result.drift * rtol <= _DRIFT_OF_STATE):
+    small = result.drift <= _DRIFT and result.drift * rtol <= _DRIFT_OF_STATE
+    if not small and first_time(problem.func, "drift"):
         warnings.warn(
             f"odeint_adjoint: at t={problem.direction * result.drift_t:g} the state rebuilt backwards is "
             f"{result.drift:.1e} tolerances away from the one the forward solve stored; the problem cannot be "

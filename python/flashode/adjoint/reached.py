@@ -12,7 +12,6 @@ import inspect
 import itertools
 import types
 import warnings
-import weakref
 from collections import deque
 
 import torch
@@ -20,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GradientWarning
+from .once import first_time
 
 # References followed from func to a tensor; those from a Module to its own do not count.
 DEPTH = 3
@@ -27,8 +27,6 @@ DEPTH = 3
 MEMBERS = 1000
 # Names in one warning.
 SHOWN = 8
-
-_examined = {}
 
 
 def warn_unlisted(func, value, listed):
@@ -39,7 +37,7 @@ def warn_unlisted(func, value, listed):
         value: what ``func`` returned in grad mode, a Tensor or several.
         listed: the Tensors that get a gradient.
     """
-    if not _first_time(func):
+    if not first_time(func, "unlisted tensors"):
         return
     roots, ends = _edges(value), set(_edges(listed))
     reached = set(_behind(roots, ends))
@@ -63,20 +61,6 @@ def warn_unlisted(func, value, listed):
         GradientWarning,
         stacklevel=2,
     )
-
-
-def _first_time(func) -> bool:
-    """Remembers ``func`` while it lives; a bound method, which is made anew each time, by its object."""
-    func = inspect.unwrap(func)
-    owner, function = (func.__self__, func.__func__) if isinstance(func, types.MethodType) else (func, None)
-    key = id(owner), id(function)
-    if key in _examined:
-        return False
-    try:
-        _examined[key] = weakref.ref(owner, lambda _: _examined.pop(key, None))
-    except TypeError:  # what has no weak references is examined every time
-        pass
-    return True
 
 
 # ---- the graph -------------------------------------------------------------------------------
