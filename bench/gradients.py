@@ -2,7 +2,7 @@
 
 Memory is the peak of the process, resident, over one forward and backward pass on one thread, above
 its peak over one plain pass of the field forward and backward; each figure comes from a process of its
-own. Errors are relative to the gradient of a far more accurate direct solve.
+own. On a GPU it is what torch has allocated there. Errors are relative to the gradient of a far more accurate direct solve.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import timeit
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,11 +66,13 @@ class Case:
     span: float = 2.0
     outputs: int = 2
     rtol: float = 1e-4
+    device: str = "cpu"
 
     def make(self):
         torch.manual_seed(0)
-        field = MLP(self.width, self.hidden)
-        return field, torch.randn(self.batch, self.width), torch.linspace(0, self.span, self.outputs)
+        field, y0 = MLP(self.width, self.hidden), torch.randn(self.batch, self.width)
+        t = torch.linspace(0, self.span, self.outputs)
+        return field.to(self.device), y0.to(self.device), t.to(self.device)
 
     @property
     def tolerances(self):
@@ -85,8 +88,12 @@ class Case:
             return flashode.solve(field, y0, t, **self.tolerances).stats.accepted
 
 
-def peak(run) -> int:
-    """The most bytes resident while ``run()`` runs; where it cannot be reset, since the process began."""
+def peak(run, device) -> int:
+    """The most bytes held while ``run()`` runs; where that cannot be reset, since the process began."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
     getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not os.access(reset, os.W_OK):
@@ -117,24 +124,26 @@ def measure_bytes(contestant, case: Case) -> int:
         mallopt(mmap_threshold, 65536)
         mallopt(trim_threshold, 65536)
     field, iteration, y0, t = iterate(contestant, case)
-    plain = peak(lambda: field(t[0], y0).square().mean().backward())
-    return max(0, peak(lambda: iteration(y0, t)) - plain)
+    plain = peak(lambda: field(t[0], y0).square().mean().backward(), case.device)
+    return max(0, peak(lambda: iteration(y0, t), case.device) - plain)
 
 
 def measure_seconds(contestant, case: Case) -> float:
     """The less of two runs; the allocator is as it comes, because memory given back costs time."""
     _, iteration, y0, t = iterate(contestant, case)
+    if case.device != "cpu":  # the copy of a number waits for all that was queued before it
+        return min(timeit.repeat(lambda: (iteration(y0, t), y0.sum().item()), number=1, repeat=2))
     return min(timeit.repeat(lambda: iteration(y0, t), number=1, repeat=2))
 
 
-def sweeps(quick) -> dict[str, list[tuple[int, Case]]]:
+def sweeps(quick, device) -> dict[str, list[tuple[int, Case]]]:
     """Cases by what grows in them, each with its number of that."""
     spans = (1, 8) if quick else (1, 2, 4, 8, 16, 32)
     outputs = (2, 64) if quick else (2, 4, 8, 16, 32, 64, 128, 256)
     hidden = (64, 2048) if quick else (64, 256, 1024, 4096, 16384)
-    by_span = [Case(span=span) for span in spans]
-    by_outputs = [Case(outputs=number) for number in outputs]
-    by_hidden = [Case(batch=8, width=128, hidden=number) for number in hidden]
+    by_span = [Case(span=span, device=device) for span in spans]
+    by_outputs = [Case(outputs=number, device=device) for number in outputs]
+    by_hidden = [Case(batch=8, width=128, hidden=number, device=device) for number in hidden]
     return {
         "accepted steps": [(case.steps(), case) for case in by_span],
         "outputs": [(case.outputs, case) for case in by_outputs],
@@ -154,9 +163,9 @@ def measure_sweep(pool, contestants, what, cases):
     return rows
 
 
-def measure_large(pool, contestants, quick):
+def measure_large(pool, contestants, quick, device):
     """A field of 10 million parameters, where buffers of their size are what counts."""
-    case = Case(batch=32, width=1120, hidden=4464, span=0.5, rtol=1e-3)
+    case = Case(batch=32, width=1120, hidden=4464, span=0.5, rtol=1e-3, device=device)
     if quick:
         case = replace(case, width=112, hidden=446)
     print(f"\n{case.parameters:,} parameters, batch of {case.batch}, {case.steps()} accepted steps")
@@ -304,17 +313,20 @@ def main():
     add("--modes", nargs="+", choices=tuple(LINES)[2:], default=MODES, help=f"of ours ({' '.join(MODES)})")
     add("--quick", action="store_true", help="few points, ours alone: does it run?")
     add("--out", type=Path, default=PICTURE, metavar="PNG", help="picture (docs/gradients.png)")
+    add("--device", default="cpu", help="for the figures of memory and time")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", flashode.GradientWarning)  # the table says by how much
     contestants = [*(() if args.quick else THEIRS), *args.modes]
     # Every measurement is a fork of a server that has imported everything and run nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flashode", "torchdiffeq"])
     with context.Pool(1, maxtasksperchild=1) as pool:
         memory = {
-            what: measure_sweep(pool, contestants, what, cases) for what, cases in sweeps(args.quick).items()
+            what: measure_sweep(pool, contestants, what, cases)
+            for what, cases in sweeps(args.quick, args.device).items()
         }
-        measure_large(pool, contestants, args.quick)
+        measure_large(pool, contestants, args.quick, args.device)
     tolerances = [10.0**-digits for digits in (range(3, 6) if args.quick else range(3, 11))]
     errors = {problem.name: measure_errors(problem, contestants, tolerances) for problem in OSCILLATORS}
     draw(contestants, memory, errors, args.out)
