@@ -74,7 +74,6 @@ class Norm {
     return decide(Change{y0, y1, k, coef, tol}, nullptr, 0, dt, control);
   }
 
-  const std::vector<int64_t>& offsets() const { return offsets_; }
 
   // Leaves the norm on the device, without waiting.
   at::Tensor compute(const Change& state);

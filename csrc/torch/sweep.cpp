@@ -36,6 +36,7 @@ constexpr double kShareWithJumps = 0.5, kShareWithout = 0.8;
 
 // Gradients that are passed over may be this many times larger than their sum; see the twin.
 constexpr double kCancels = 10;
+constexpr int64_t kBlock = 1 << 20;  // elements of gradients that `cancel` adds up at a time
 
 // The end of a step: its time, whether the field jumps there, and the outputs up to it.
 struct End {
@@ -386,24 +387,27 @@ End Sweep::landing(double t1) {
 // Whether the adjoint with the gradients of that many outputs to come is so much smaller than what
 // it lacks between them that an error test of it says nothing about their correction.
 bool Sweep::cancel(int64_t moved) const {
-  const int64_t last = int64_t(times_.size()) - next_;
-  const std::vector<int64_t>& offsets = norm_.offsets();
-  const auto squares = [&](const at::Tensor& x) {
-    const at::Tensor flat = x.reshape({-1}).to(at::kDouble).square();
+  const int64_t last = int64_t(times_.size()) - next_, size = std::max<int64_t>(1, y_.numel());
+  const auto squares = [&](const at::Tensor& rows) {  // by row and member
     Tensors members;
-    for (size_t m = 1; m < offsets.size(); ++m) {
-      members.push_back(flat.narrow(0, offsets[m - 1], offsets[m] - offsets[m - 1]).sum());
+    for (size_t m = 1; m < offsets_.size(); ++m) {
+      const at::Tensor member = rows.narrow(1, offsets_[m - 1], offsets_[m] - offsets_[m - 1]);
+      members.push_back(member.square().sum(1));
     }
-    return at::stack(members);
+    return at::stack(members, 1);
   };
-  Tensors missing;
-  at::Tensor later = at::zeros_like(y_);
-  for (int64_t row = last - moved; row < last; ++row) {
-    later = later.add(grad_ys_.select(0, row));
-    missing.push_back(squares(later));
+  const auto flat = [](const at::Tensor& x, int64_t rows) {
+    return x.reshape({rows, -1}).to(at::kDouble);
+  };
+  const at::Tensor most = squares(flat(adj_with(moved), 1)).mul(kCancels * kCancels);
+  at::Tensor later = at::zeros_like(flat(y_, 1)), found = at::zeros({}, most.options().dtype(at::kBool));
+  for (int64_t row = last - moved, some; row < last; row += some) {
+    some = std::min(last - row, std::max<int64_t>(1, kBlock / size));
+    const at::Tensor missing = flat(grad_ys_.narrow(0, row, some), some).cumsum(0).add(later);
+    found = found.logical_or(squares(missing).gt(most).any());
+    later = missing.narrow(0, some - 1, 1);
   }
-  const at::Tensor most = squares(adj_with(moved)).mul(kCancels * kCancels);
-  return at::stack(missing).gt(most).any().item<bool>();
+  return found.item<bool>();
 }
 
 // Tries steps until one is accepted, and makes it.

@@ -226,18 +226,14 @@ class Sweep:
         """Whether the adjoint with the gradients of that many outputs to come is so much smaller than what
         it lacks between them that an error test of it says nothing about their correction."""
         last, offsets = len(self.p.times) - self.next, self.p.norm_offsets
-        sizes = [end - begin for begin, end in zip(offsets, offsets[1:])]
 
-        def squares(x):
-            flat = x.reshape(-1).abs().double().square()
-            return torch.stack([member.sum() for member in flat.split(sizes)])
+        def squares(rows):
+            members = (rows[:, begin:end] for begin, end in zip(offsets, offsets[1:]))
+            return torch.stack([member.abs().double().square().sum(1) for member in members], 1)
 
-        missing, later = [], torch.zeros_like(self.y)
-        for row in range(last - moved, last):
-            later = later + self.g.grad_ys[row]
-            missing.append(squares(later))
-        most = squares(self.adj_with(moved)) * _CANCELS**2
-        return bool((torch.stack(missing) > most).any())
+        missing = wide(self.g.grad_ys[last - moved : last].reshape(moved, -1)).cumsum(0)
+        most = squares(self.adj_with(moved).reshape(1, -1)) * _CANCELS**2
+        return bool((squares(missing) > most).any())
 
     def adaptive_step(self):
         """Tries steps until one is accepted, and makes it."""
