@@ -236,6 +236,30 @@ def measure_errors(problem, contestants, tolerances):
     return rows
 
 
+def measure_relaxation(contestants, tolerances):
+    """dy(5)/dp of y' = -p (y - cos t), y(0) = 0, p = 50: stiff, and solved by an explicit method."""
+
+    class Relaxation(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.tensor(50.0, dtype=torch.float64))
+
+        def forward(self, t, y):
+            return -self.p * (y - torch.cos(t))
+
+    def derivative(contestant, **call):
+        field, y0 = Relaxation(), torch.zeros(1, dtype=torch.float64)
+        t = torch.tensor([0.0, 5.0], dtype=torch.float64)
+        return torch.autograd.grad(integrate(contestant, field, y0, t, **call)[-1].sum(), field.p)[0].item()
+
+    exact = derivative("direct", method="dopri8", rtol=1e-12, atol=1e-13)
+    print(f"\ndy(5)/dp of y' = -p (y - cos t), p = 50, which is {exact:.6f}, against rtol = atol")
+    print(line("rtol", contestants))
+    for rtol in tolerances:
+        found = [derivative(contestant, rtol=rtol, atol=rtol) for contestant in contestants]
+        print(line(f"{rtol:.0e}", [f"{x:.3g}" for x in found]), flush=True)
+
+
 # ---- tables and picture ----------------------------------------------------------------------
 
 
@@ -329,6 +353,7 @@ def main():
         measure_large(pool, contestants, args.quick, args.device)
     tolerances = [10.0**-digits for digits in (range(3, 6) if args.quick else range(3, 11))]
     errors = {problem.name: measure_errors(problem, contestants, tolerances) for problem in OSCILLATORS}
+    measure_relaxation(contestants, tolerances[:4])
     draw(contestants, memory, errors, args.out)
     print(f"\npicture: {args.out}")
 

@@ -250,18 +250,6 @@ def test_along_the_path_engines_agree_and_keep_the_tolerance(method, backward, n
         assert off_by(a, tight(t, needs_t=True)) < 5e-5
 
 
-def test_the_path_is_let_go_with_the_graph(engine):
-    field, t = Field(), torch.linspace(0, 1, 4, dtype=F64)
-    y0 = torch.ones(1, 2, dtype=F64, requires_grad=True)
-    ys = flashode.odeint_adjoint(field, y0, t, adjoint="interpolated", engine=engine)
-    assert not ys.grad_fn.recording.polynomials  # they are saved tensors, which autograd frees
-    a = torch.autograd.grad(ys.sum(), y0, retain_graph=True)[0]
-    b = torch.autograd.grad(ys.sum(), y0)[0]
-    assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="second time"):
-        ys.sum().backward()
-
-
 def test_the_path_needs_dense_output():
     with pytest.raises(ValueError, match="'interpolated' needs a forward method with step-size control"):
         flashode.odeint_adjoint(

@@ -23,6 +23,7 @@
 #include <limits>
 
 #include "native.h"
+#include "path.h"
 #include "problem.h"
 #include "vjp.h"
 
@@ -75,7 +76,6 @@ class Sweep {
   void fixed_step(double t1);
   void pull_back(double t1, double dt);
   at::Tensor states_at(const std::vector<double>& positions, double t1, double dt);
-  size_t path_step_at(double t) const;
   at::Tensor on_path(double t, const TimeTarget& time = {});
   void arrive(const End& end);
   at::Tensor distance(const at::Tensor& y1, const at::Tensor& stored) const;
@@ -101,9 +101,7 @@ class Sweep {
   const std::vector<std::pair<double, bool>> stops_;
   const py::object on_step_, on_accept_, on_reject_;
   const std::pair<double, double> tolerances_;
-  const bool has_path_;
-  std::vector<double> path_begins_, path_ends_;  // on the clock of the forward solve
-  Tensors path_;                                 // its polynomials
+  const Path path_;
   Vjp vjp_;
   Controller control_;
   Tolerances tol_;
@@ -164,7 +162,7 @@ Sweep::Sweep(py::handle augmented, const Table& table, const Interpolant& dense)
       on_accept_(p_.attr("callbacks")[py::int_(1)]),
       on_reject_(p_.attr("callbacks")[py::int_(2)]),
       tolerances_(g_.attr("tolerances").cast<std::pair<double, double>>()),
-      has_path_(!g_.attr("path").is_none()),
+      path_(g_.attr("path")),
       vjp_(field_, [&] {
         Tensors params;
         for (const py::handle param : g_.attr("params")) params.push_back(unpack(param));
@@ -181,11 +179,6 @@ Sweep::Sweep(py::handle augmented, const Table& table, const Interpolant& dense)
   tol_ = tolerances_of(p_);
   c_.insert(c_.end(), dense.extra_c.begin(), dense.extra_c.end());
   a_.insert(a_.end(), dense.extra_a.begin(), dense.extra_a.end());
-  if (has_path_) {
-    path_begins_ = g_.attr("path").attr("begins").cast<std::vector<double>>();
-    path_ends_ = g_.attr("path").attr("ends").cast<std::vector<double>>();
-    for (const py::handle rows : g_.attr("path").attr("polynomials")) path_.push_back(unpack(rows));
-  }
   y_ = ys_.select(0, -1);
   adj_ = grad_ys_.select(0, -1);
   const bool seminorm = g_.attr("seminorm").cast<bool>();
@@ -237,7 +230,9 @@ Slopes Sweep::evaluate(double t, const at::Tensor& y, const at::Tensor& adj, boo
 void Sweep::add(const Tensors& products, double w_value, double w_error, bool first) {
   const auto counted = int64_t(counted_.start.size());
   const Tensors of_counted(products.begin(), products.begin() + counted);
-  run_accumulate(of_counted, counted_.start, counted_.end, counted_.error, w_value, w_error, first);
+  const bool adds_no_error = w_error == 0 && !first;
+  run_accumulate(of_counted, counted_.start, counted_.end, adds_no_error ? Tensors() : counted_.error,
+                 w_value, w_error, first);
   if (uncounted_.start.empty()) return;
   const Tensors of_uncounted(products.begin() + counted, products.end());
   run_accumulate(of_uncounted, uncounted_.start, uncounted_.end, {}, w_value, 0, first);
@@ -248,7 +243,7 @@ Decision Sweep::error_norm(const at::Tensor& y1, const Terms& k, const double* o
                            const at::Tensor& adj1, const Terms& adj_k, const double* of_adj,
                            double dt) {
   const Terms no_terms{};
-  const Terms& y_terms = has_path_ ? no_terms : k;  // y has no error where it is given
+  const Terms& y_terms = path_.given ? no_terms : k;  // y has no error where it is given
   if (!has_norm_) {
     const Change states[] = {{y_, y1, y_terms, of_y, tol_}, {adj_, adj1, adj_k, of_adj, tol_}};
     const Quadrature quadrature{counted_.start, counted_.end, counted_.error, tolerances_.first,
@@ -297,7 +292,7 @@ double Sweep::first_step() {
   const double h0 = std::min(first_guess(d0, d1), times_.back() - t0_);
   const Row euler({1.0});
   const TimeTarget time = vjp_.set_time(t0_ + h0, 0);
-  const at::Tensor y = has_path_ ? on_path(t0_ + h0, time)
+  const at::Tensor y = path_.given ? on_path(t0_ + h0, time)
                                  : combined(y_, {slopes_.f}, euler, direction_ * h0, time);
   const Slopes probe = vjp_.evaluate(y, combined(adj_, {slopes_.of_y}, euler, -direction_ * h0), true);
   products_as_error(probe.of_integrals, 1, true);
@@ -335,7 +330,7 @@ void Sweep::rk_step(double t1, double dt) {
     const bool at_end = c_[i] == 1, last = i == stages - 1;
     const TimeTarget time = vjp_.set_time(at_end ? t1 : t0_ + c_[i] * dt,
                                           at_end && (adaptive_ || perturb_) ? -1 : 0);
-    y1_ = has_path_ ? on_path(at_end ? t1 : t0_ + c_[i] * dt, time)
+    y1_ = path_.given ? on_path(at_end ? t1 : t0_ + c_[i] * dt, time)
                     : combined(y_, k_, a_[i], signed_dt, time);
     adj1_ = combined(adj0, adj_k_, a_[i], -signed_dt);
     // A stage without weight is no part of any integral; the last one may begin the next step.
@@ -347,7 +342,7 @@ void Sweep::rk_step(double t1, double dt) {
     if (weighs) add(last_.of_integrals, -signed_dt * b_[i], -signed_dt * b_err_[i], false);
   }
   if (!table_.fsal) {
-    y1_ = has_path_ ? on_path(t1) : combined(y_, k_, table_.b, signed_dt);
+    y1_ = path_.given ? on_path(t1) : combined(y_, k_, table_.b, signed_dt);
     adj1_ = combined(adj0, adj_k_, table_.b, -signed_dt);
   }
 }
@@ -355,10 +350,9 @@ void Sweep::rk_step(double t1, double dt) {
 // The end of the next step, whether the field jumps there, and the outputs up to it.
 End Sweep::landing(double t1) {
   End end{std::min(t1, times_.back()), false, 0};
-  if (has_path_) {
+  if (path_.given) {
     // y has no error test here: what the forward solve had to resolve, the sweep has to.
-    const size_t i = path_step_at(-t0_);
-    end.t = std::min(end.t, t0_ + path_ends_[i] - path_begins_[i]);
+    end.t = std::min(end.t, t0_ + path_.step_length(-t0_));
   }
   while (next_stop_ < stops_.size() && stops_[next_stop_].first <= t0_) ++next_stop_;
   if (next_stop_ < stops_.size() && stops_[next_stop_].first <= end.t) {
@@ -513,19 +507,14 @@ void Sweep::pull_back(double t1, double dt) {
     const at::Tensor cotangent = combined(sources.select(0, j), products, later, signed_dt, time);
     const Slopes slopes = vjp_.evaluate(states.select(0, j), cotangent, true);
     products[j] = slopes.of_y;
-    run_accumulate(Tensors(slopes.of_integrals.begin(),
-                           slopes.of_integrals.begin() + int64_t(counted_.end.size())),
-                   counted_.end, counted_.end, {}, 1, 0, true);
-    run_accumulate(Tensors(slopes.of_integrals.begin() + int64_t(counted_.end.size()),
-                           slopes.of_integrals.end()),
-                   uncounted_.end, uncounted_.end, {}, 1, 0, true);
+    add(slopes.of_integrals, 1, 0, false);
   }
   adj1_ = combined(adj1_, products, Row(std::vector<double>(stages, 1.0)), 1);
 }
 
 // y at positions in [0, 1] of the step, one row each.
 at::Tensor Sweep::states_at(const std::vector<double>& positions, double t1, double dt) {
-  if (has_path_) {
+  if (path_.given) {
     Tensors states;
     for (const double x : positions) states.push_back(on_path(t0_ + x * dt));
     return at::stack(states);
@@ -553,25 +542,10 @@ at::Tensor Sweep::states_at(const std::vector<double>& positions, double t1, dou
   return states;
 }
 
-// Number of the path's step that ends at or after a time of the forward solve.
-size_t Sweep::path_step_at(double t) const {
-  const auto found = std::lower_bound(path_ends_.begin(), path_ends_.end(), t);
-  return std::min(size_t(found - path_ends_.begin()), path_ends_.size() - 1);
-}
-
-// y at a time of the sweep, from the path.
+// y at a time of the sweep, from the path: the two clocks run against each other.
 at::Tensor Sweep::on_path(double t, const TimeTarget& time) {
-  const double forward = -t;  // the two clocks run against each other
-  const size_t i = path_step_at(forward);
-  const double x = (forward - path_begins_[i]) / (path_ends_[i] - path_begins_[i]);
-  Tensors coefficients;
-  Row powers;
-  for (int64_t power = 1; power < path_[i].size(0); ++power) {
-    powers.stage.push_back(int(power) - 1);
-    powers.weight.push_back(std::pow(x, power));
-    coefficients.push_back(path_[i].select(0, power));
-  }
-  return combined(path_[i].select(0, 0), coefficients, powers, 1, time);
+  const Path::Value value = path_.at(-t);
+  return combined(value.y0, value.k, value.powers, 1, time);
 }
 
 // Makes the end of the step the state. At an output the gradient enters, and the state as it was
@@ -581,7 +555,7 @@ void Sweep::arrive(const End& end) {
   if (times_[end.outputs - 1] == end.t) {
     const int64_t row = int64_t(times_.size()) - end.outputs;
     const at::Tensor stored = ys_.select(0, row);
-    if (adaptive_ && !has_path_) {
+    if (adaptive_ && !path_.given) {
       drifts_.push_back(distance(y1_, stored));
       drift_times_.push_back(end.t);
     }

@@ -16,7 +16,6 @@ from dataclasses import replace
 import torch
 
 from .. import arguments
-from ..arguments import CALLBACKS
 from ..augmented import Augmented, Gradients
 from ..engines import SWEEPS
 from ..errors import GradientWarning
@@ -25,7 +24,7 @@ from ..solution import backward_failure
 from . import restart
 from .once import first_time
 from .reached import warn_unlisted
-from .spec import Record
+from .spec import Record, take_callbacks
 
 # How far the rebuilt state may part from the stored one, in tolerances: both are solutions to tolerance,
 # and where the gradients are right they part by less than a thousand (DETEST at 1e-6, networks); with
@@ -84,10 +83,7 @@ class _Backwards:
 
     def __init__(self, func):
         self.func = func
-        for name in CALLBACKS:
-            callback = getattr(func, name + "_adjoint", None)
-            if callback is not None:
-                setattr(self, name, callback)
+        take_callbacks(self, func)
 
     def __call__(self, t, y, *args):
         return self.func(t, y, *args)

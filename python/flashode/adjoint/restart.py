@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from ..arguments import CALLBACKS
 from ..engines import ENGINES, choose
 from ..problem import Problem
 from ..solution import finish
 from .reached import warn_unlisted
-from .spec import AdjointSpec, Record
+from .spec import AdjointSpec, Record, take_callbacks
 
 
 def sweep(record: Record, grad_ys, moved):
@@ -38,10 +37,7 @@ class _AugmentedField:
         self.p, self.params = problem, list(params)
         self.members = 1 if problem.shapes is None else len(problem.shapes)
         self.examined = False
-        for name in CALLBACKS:
-            callback = getattr(problem.func, name + "_adjoint", None)
-            if callback is not None:
-                setattr(self, name, callback)
+        take_callbacks(self, problem.func)
 
     def split(self, flat):
         """A flat state as a tuple of members, also where the caller's state is one tensor."""

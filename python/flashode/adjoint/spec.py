@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .. import arguments
+from ..arguments import CALLBACKS
 from ..errors import ArgumentError, ArgumentTypeError
 from ..problem import Problem
 
@@ -155,6 +156,14 @@ def _check_checkpoints(checkpoints, mode):
         raise ArgumentError(
             f"checkpoints must be a whole number of at least 1, or None for all, got {checkpoints!r}"
         )
+
+
+def take_callbacks(field, func):
+    """Gives ``field`` the callbacks that ``func`` has for the backward solve."""
+    for name in CALLBACKS:
+        callback = getattr(func, name + "_adjoint", None)
+        if callback is not None:
+            setattr(field, name, callback)
 
 
 def collect_params(func, adjoint_params, args=()) -> tuple[torch.Tensor, ...]:

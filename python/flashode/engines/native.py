@@ -1,6 +1,7 @@
-"""The C++ engine: a compiled loop over an opaque ``func``, one fused kernel per operation.
+"""The C++ engine: compiled loops over an opaque ``func``, one fused kernel per operation.
 
-The loop is ``csrc/torch/driver.cpp``, the twin of ``engines/reference.py``.
+The loops are ``csrc/torch/driver.cpp`` and ``sweep.cpp``, the twins of ``engines/reference.py`` and
+``reference_sweep.py``.
 """
 
 from __future__ import annotations
