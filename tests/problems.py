@@ -7,6 +7,11 @@ from pathlib import Path
 
 import torch
 
+from flashode.methods import METHODS
+
+# The methods that evaluate their stages one after the other; the other families have tests of their own.
+EXPLICIT = {name: method for name, method in METHODS.items() if method.family == "explicit"}
+
 
 class Counted:
     """A field that remembers how often, and at which times, it was called."""

@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from problems import Counted, growth, growth_solution, twisted, twisted_solution, twisted_start
+from problems import EXPLICIT, Counted, growth, growth_solution, twisted, twisted_solution, twisted_start
 
 import flashode
 from flashode import Status
-from flashode.methods import METHODS
 
-ADAPTIVE = [name for name, m in METHODS.items() if m.adaptive]
+ADAPTIVE = [name for name, m in EXPLICIT.items() if m.adaptive]
 
 
 def run_python(code, *flags):
@@ -25,14 +24,14 @@ def run_python(code, *flags):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(EXPLICIT))
 @pytest.mark.filterwarnings("ignore:.*cannot meet these tolerances")
 def test_the_field_is_never_called_outside_the_interval(method, dtype, backward, engine):
     """Also when rounding the time to the state's dtype would leave it by half a unit."""
     ends = (0.1, 1.7)
     t = torch.linspace(*(reversed(ends) if backward else ends), 5, dtype=torch.float64)
     field = Counted(growth)
-    options = {} if METHODS[method].adaptive else {"step_size": 0.07, "interp": "cubic"}
+    options = {} if EXPLICIT[method].adaptive else {"step_size": 0.07, "interp": "cubic"}
     flashode.odeint(
         field,
         torch.ones(2, dtype=dtype),

@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from problems import Counted, Net
+from problems import EXPLICIT, Counted, Net
 
 import flashode
-from flashode.methods import METHODS
 
 F64 = torch.float64
-ADAPTIVE = [name for name, method in METHODS.items() if method.adaptive]
-FIXED = [name for name, method in METHODS.items() if not method.adaptive]
+ADAPTIVE = [name for name, method in EXPLICIT.items() if method.adaptive]
+FIXED = [name for name, method in EXPLICIT.items() if not method.adaptive]
 
 
 class Field(torch.nn.Module):
@@ -55,7 +54,7 @@ def off_by(a, b):
 @pytest.mark.parametrize("method", [name for name in ADAPTIVE if name != "fehlberg2"])  # misled: README
 def test_steps_that_pass_outputs_over_keep_the_tolerance(method, backward, engine):
     """Five outputs to a step or more; the method's own error is that of a solve with two outputs."""
-    rtol = 1e-5 if METHODS[method].order < 4 else 1e-7
+    rtol = 1e-5 if EXPLICIT[method].order < 4 else 1e-7
     for n in (2, 60):
         t = torch.linspace(0.1, 1.3, n, dtype=F64)
         t = t.flip(0) if backward else t
@@ -88,8 +87,8 @@ def test_passing_outputs_over_has_the_order_of_dense_output(method, engine):
             flashode.odeint_adjoint, t, method=method, weights=weights, rtol=0.1, atol=1e3, engine=engine,
             adjoint_options={"first_step": 1.0},
         )  # fmt: skip
-        stages = len(METHODS[method].tableau.c)
-        assert calls == 2 * stages + len(METHODS[method].dense.extra_c)
+        stages = len(EXPLICIT[method].tableau.c)
+        assert calls == 2 * stages + len(EXPLICIT[method].dense.extra_c)
         errors.append((got - tight(t, weights=weights)).norm().item())
     # Local error: one order more, less what the shortest of the two is not asymptotic by.
     assert math.log2(errors[0] / errors[1]) > order + 0.5

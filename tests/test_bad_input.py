@@ -20,14 +20,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from problems import EXPLICIT
 
 import flashode
 from flashode import ArgumentError, ArgumentTypeError, SolveError, Status, extension
 from flashode import arguments as arguments_module
-from flashode.methods import METHODS
 
-ADAPTIVE = [name for name, m in METHODS.items() if m.adaptive]
-FIXED = [name for name, m in METHODS.items() if not m.adaptive]
+ADAPTIVE = [name for name, m in EXPLICIT.items() if m.adaptive]
+FIXED = [name for name, m in EXPLICIT.items() if not m.adaptive]
 NAN, INF = math.nan, math.inf
 
 # One representative of each family; every method where the row is about the method itself.
@@ -526,7 +526,7 @@ class Reporting:
 def junk_places():
     """For every argument: the name that an error must hold, and the call's arguments with junk in it."""
     both, pair = (
-        (("dopri5", arguments_module.ADAPTIVE_OPTIONS), ("rk4", arguments_module.FIXED_OPTIONS)),
+        (("dopri5", EXPLICIT["dopri5"].options), ("rk4", EXPLICIT["rk4"].options)),
         {"func": decay_pair, "y0": (ONES, f64(1))},
     )
     few = {"dopri5": {"max_num_steps": 300}, "rk4": {}}
@@ -620,7 +620,7 @@ class Counting:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "rk4", "midpoint"])
 def test_solve_error_says_where_it_stopped(method, backward, engine):
-    options = None if METHODS[method].adaptive else {"step_size": 0.1}
+    options = None if EXPLICIT[method].adaptive else {"step_size": 0.1}
     t = f64(1, 0) if backward else UNIT
     func = Counting((lambda t, y: late(NAN)(1 - t, y)) if backward else late(NAN))
     with pytest.raises(SolveError) as caught:
@@ -628,7 +628,7 @@ def test_solve_error_says_where_it_stopped(method, backward, engine):
     error = caught.value
     assert error.reason is Status.NONFINITE_FIELD and error.index == (1,)
     assert error.nfe == func.nfe
-    assert abs(error.t - 0.5) < (1e-12 if METHODS[method].adaptive else 0.11)
+    assert abs(error.t - 0.5) < (1e-12 if EXPLICIT[method].adaptive else 0.11)
     assert math.copysign(1, error.dt) == (-1 if backward else 1)
     assert f"t={error.t!r}" in str(error) and f"{error.accepted} steps accepted" in str(error)
 
@@ -642,14 +642,14 @@ def test_solve_without_throwing_marks_rows_that_were_not_reached(engine):
         assert solution.ys[3:].isnan().all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXPLICIT)
 def test_no_method_returns_non_finite_rows(method, engine):
     """func is NaN at the very end only: interpolants read slopes that the error test never saw."""
 
     def field(t, y):
         return torch.where(t >= 1, NAN * y, -1e-3 * y)
 
-    options = None if METHODS[method].adaptive else {"step_size": 0.5, "interp": "cubic"}
+    options = None if EXPLICIT[method].adaptive else {"step_size": 0.5, "interp": "cubic"}
     try:
         ys = flashode.odeint(field, ONES, f64(0, 0.75, 1), method=method, options=options, engine=engine)
     except SolveError as error:
@@ -937,7 +937,7 @@ ODD = {
 @METHOD
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_fields_give_the_same_bits_as_the_clean_one(odd, method, engine):
-    options = None if METHODS[method].adaptive else {"step_size": 0.125}
+    options = None if EXPLICIT[method].adaptive else {"step_size": 0.125}
     y0, t = f64(1, 2), f64(0, 0.3, 1)
     expected = flashode.odeint(decay, y0, t, method=method, options=options, engine=engine)
     assert torch.equal(
@@ -1049,7 +1049,7 @@ def test_nested_solves(inner, engine):
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_a_domain_that_ends_with_the_interval(method, dtype, engine):
     """y' = sqrt(1 - t) from 0 to 1 is 2/3; beyond 1 it is NaN."""
-    y0, tolerance = torch.zeros(1, dtype=dtype), 1e-4 if METHODS[method].order < 4 else 1e-6
+    y0, tolerance = torch.zeros(1, dtype=dtype), 1e-4 if EXPLICIT[method].order < 4 else 1e-6
 
     def field(t, y):
         return torch.sqrt(1 - t).expand(1)
@@ -1059,7 +1059,7 @@ def test_a_domain_that_ends_with_the_interval(method, dtype, engine):
     assert abs(ys[-1].item() - 2 / 3) < (100 if method == "fehlberg2" else 30) * tolerance
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXPLICIT)
 def test_func_is_never_called_outside_the_interval(method, engine):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         # 0.1 and 0.7 have no exact float32: rounding alone must not leave the interval.
@@ -1067,7 +1067,7 @@ def test_func_is_never_called_outside_the_interval(method, engine):
             if dtype == torch.bfloat16 and abs(ends[0]) > 100:
                 continue  # no bfloat16 lies between them
             t = torch.linspace(*ends, 4, dtype=torch.float64)
-            adaptive = METHODS[method].adaptive
+            adaptive = EXPLICIT[method].adaptive
             variants = [{}] if adaptive else [{}, {"step_size": 0.17, "interp": "cubic"}, {"perturb": True}]
             for options in variants:
                 func = Counting(lambda t, y: torch.cos(3 * t) * y)

@@ -7,13 +7,12 @@ import weakref
 
 import pytest
 import torch
-from problems import Counted, Net
+from problems import EXPLICIT, Counted, Net
 from test_schedule import recorded
 
 import flashode
 from flashode.adjoint.checkpoint import Recording
 from flashode.adjoint.schedule import reversal, thinned
-from flashode.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:rtol is 1000")
 F64 = torch.float64
@@ -55,10 +54,10 @@ def times(backward=False, needs_t=True):
 
 @pytest.mark.parametrize("needs_t", [False, True], ids=["", "t"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(EXPLICIT))
 def test_gradients_are_those_of_direct_mode(method, backward, needs_t, engine):
     net = Net(dtype=F64)
-    options = {} if METHODS[method].adaptive else {"step_size": 0.06}
+    options = {} if EXPLICIT[method].adaptive else {"step_size": 0.06}
     for checkpoints in (None, 1, 2, 3, 6):
         assert_equals_direct(
             net, start(), times(backward, needs_t), *net.parameters(), checkpoints=checkpoints,
@@ -242,7 +241,7 @@ def test_one_output_and_none_of_the_others(engine):
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "adaptive_heun", "rk4"])
 def test_first_and_second_derivatives_against_finite_differences(method, engine):
-    options = {"first_step": 0.27, "max_step": 0.27} if METHODS[method].adaptive else {"step_size": 0.27}
+    options = {"first_step": 0.27, "max_step": 0.27} if EXPLICIT[method].adaptive else {"step_size": 0.27}
     a = torch.tensor([[0.3, -1.0], [0.8, 0.1]], dtype=F64, requires_grad=True)
     y0 = torch.tensor([0.7, -0.4], dtype=F64, requires_grad=True)
     t = torch.tensor([0.1, 0.4, 1.0], dtype=F64, requires_grad=True)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from problems import Counted, Net, Spiral, detest, growth, growth_solution, twisted, twisted_start
+from problems import EXPLICIT, Counted, Net, Spiral, detest, growth, growth_solution, twisted, twisted_start
 
 import flashode
-from flashode.methods import METHODS
 
-ADAPTIVE = [name for name, m in METHODS.items() if m.adaptive]
-FIXED = [name for name, m in METHODS.items() if not m.adaptive]
+ADAPTIVE = [name for name, m in EXPLICIT.items() if m.adaptive]
+FIXED = [name for name, m in EXPLICIT.items() if not m.adaptive]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 BACKWARD = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
@@ -57,7 +56,7 @@ def test_adaptive_methods_agree_in_every_dtype_and_direction(method, dtype, back
     t = t.flip(0) if backward else t
     eps = torch.finfo(dtype).eps
     short = dtype in DTYPES[2:]
-    tol = 4 * eps if short else max(100 * eps, 1e-9 if METHODS[method].order >= 5 else 1e-6)
+    tol = 4 * eps if short else max(100 * eps, 1e-9 if EXPLICIT[method].order >= 5 else 1e-6)
     a, b = (s.ys for s, _ in both(growth, y0, t, method=method, rtol=tol, atol=tol))
     # Step sizes follow from sums, which the engines round differently.
     torch.testing.assert_close(b, a, rtol=max(8 * eps, 1e-12), atol=max(8 * eps, 1e-12))

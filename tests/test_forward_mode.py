@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from problems import growth
+from problems import EXPLICIT, growth
 from torch.autograd import forward_ad
 
 import flashode
-from flashode.methods import METHODS
 
 # torch compiles its forward-mode formulas at the first use, by means that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -70,7 +69,7 @@ GRIDS = {
         options=dict(grid_constructor=lambda f, y, t: torch.cat([t[:2], t[1:3] * 1.1, t[3:]]))
     ),
 }
-CASES = [(m, s) for m in METHODS for s in (STEPS if METHODS[m].adaptive else GRIDS)]
+CASES = [(m, s) for m in EXPLICIT for s in (STEPS if EXPLICIT[m].adaptive else GRIDS)]
 
 
 @pytest.mark.filterwarnings("ignore:.*overshoot")

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from problems import Counted, Net, growth, twisted, twisted_start
+from problems import EXPLICIT, Counted, Net, growth, twisted, twisted_start
 
 import flashode
-from flashode.methods import METHODS
 
 # Tolerances far too large let a test prescribe the steps of an adaptive method.
 pytestmark = pytest.mark.filterwarnings("ignore:rtol is 1000")
@@ -14,7 +13,7 @@ BACKWARD = pytest.mark.parametrize("backward", [False, True], ids=["forward", "b
 
 
 def options_for(method):
-    return {} if METHODS[method].adaptive else {"step_size": 0.01}
+    return {} if EXPLICIT[method].adaptive else {"step_size": 0.01}
 
 
 def times(backward=False):
@@ -23,11 +22,11 @@ def times(backward=False):
 
 
 @BACKWARD
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(EXPLICIT))
 def test_direct_gradients_are_those_of_the_discrete_solve(method, backward, engine, device):
     """Against finite differences of the solve itself, with its steps held: first_step and max_step
     fix them, so that a difference quotient does not see step-size control."""
-    options = {"first_step": 0.19, "max_step": 0.19} if METHODS[method].adaptive else {"step_size": 0.19}
+    options = {"first_step": 0.19, "max_step": 0.19} if EXPLICIT[method].adaptive else {"step_size": 0.19}
     a = torch.tensor([[0.3, -1.0], [0.8, 0.1]], dtype=F64, requires_grad=True)
     y0 = torch.tensor([0.7, -0.4], dtype=F64, requires_grad=True)
 
@@ -42,7 +41,7 @@ def test_direct_gradients_are_those_of_the_discrete_solve(method, backward, engi
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "tsit5", "bosh3", "rk4", "euler"])
 def test_second_derivatives(method, engine):
-    options = {"first_step": 0.27, "max_step": 0.27} if METHODS[method].adaptive else {"step_size": 0.27}
+    options = {"first_step": 0.27, "max_step": 0.27} if EXPLICIT[method].adaptive else {"step_size": 0.27}
     a = torch.tensor([[0.3, -1.0], [0.8, 0.1]], dtype=F64, requires_grad=True)
     y0 = torch.tensor([0.7, -0.4], dtype=F64, requires_grad=True)
     t = torch.tensor([0.1, 0.4, 1.0], dtype=F64, requires_grad=True)
@@ -74,7 +73,7 @@ def test_adjoint_gradients_agree_with_direct_ones(method, backward, engine):
     direct = gradients(flashode.odeint, method=method, backward=backward, engine=engine)
     adjoint = gradients(flashode.odeint_adjoint, method=method, backward=backward, engine=engine)
     # With fixed steps the two differ by the discretisation, most in the slopes of chords.
-    tol = 1e-6 if METHODS[method].adaptive else 3e-2
+    tol = 1e-6 if EXPLICIT[method].adaptive else 3e-2
     for a, b in zip(adjoint, direct):
         torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 

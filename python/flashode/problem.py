@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from . import arguments, transforms
-from .arguments import MAX_NUM_STEPS, kind_of, require_dense
+from . import options as choices
+from .arguments import kind_of, require_dense
 from .control import Controller
 from .errors import ArgumentError, ArgumentTypeError
 from .interp import Dense
 from .methods import Method
+from .options import MAX_NUM_STEPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +192,7 @@ class Problem:
         arguments.require_tuple(args)
         y0, shapes, dtypes = arguments.flat_state(y0)
         chosen = arguments.method_named(method)
-        options = arguments.known_options(options, chosen)
+        options = choices.known_options(options, chosen)
         times, direction = arguments.forward_times(t, "t")
         if event_fn is not None and not callable(event_fn):
             raise ArgumentTypeError(f"event_fn must be callable as event_fn(t, y), got {kind_of(event_fn)}")
@@ -211,9 +213,9 @@ class Problem:
         if chosen.adaptive:
             arguments.require_plausible(rtol, atol)
             rtol, atol = arguments.floored(rtol, atol, y0)
-            particular = arguments.adaptive_fields(options, chosen, times[0], direction)
+            particular = choices.adaptive_fields(options, chosen, times[0], direction)
         else:
-            particular = arguments.fixed_fields(options, chosen, func, y0, t, times, direction, event_fn)
+            particular = choices.fixed_fields(options, chosen, func, y0, t, times, direction, event_fn)
         return Problem(
             func=func,
             y0=y0,

@@ -27,10 +27,11 @@ def close(x: Fraction, y: Fraction, weights: Row) -> bool:
 
 @dataclass(frozen=True, eq=False)  # one object per method: compared and hashed as such
 class Tableau:
-    """An explicit Runge-Kutta method with ``s`` stages.
+    """A Runge-Kutta method with ``s`` stages.
 
-    ``a`` has ``s`` rows, row ``i`` with ``i`` entries. ``b_err`` is None for methods without an
-    embedded error estimate. Raises ValueError when the table contradicts itself.
+    ``a`` has ``s`` rows: row ``i`` has ``i`` entries where the stage is explicit, ``i + 1`` where it is
+    diagonally implicit, and ``s`` where all stages are solved for at once. ``b_err`` is None for methods
+    without an embedded error estimate. Raises ValueError when the table contradicts itself.
     """
 
     c: Row
@@ -43,8 +44,8 @@ class Tableau:
         if len(self.a) != s or len(self.b) != s:
             raise ValueError(f"tableau: {s} nodes, {len(self.a)} rows and {len(self.b)} weights")
         for i, (c_i, a_i) in enumerate(zip(self.c, self.a)):
-            if len(a_i) != i:
-                raise ValueError(f"tableau: row {i} has {len(a_i)} entries, expected {i}")
+            if len(a_i) not in (i, i + 1, s):
+                raise ValueError(f"tableau: row {i} has {len(a_i)} entries, expected {i}, {i + 1} or {s}")
             if not close(sum(a_i), c_i, a_i):
                 raise ValueError(f"tableau: row {i} sums to {float(sum(a_i))}, its node is {c_i}")
         if not close(sum(self.b), Fraction(1), self.b):
@@ -58,6 +59,10 @@ class Tableau:
     @property
     def stages(self) -> int:
         return len(self.c)
+
+    @cached_property
+    def explicit(self) -> bool:
+        return all(len(a_i) == i for i, a_i in enumerate(self.a))
 
     @cached_property
     def numbers(self) -> tuple[list, list, list, list]:

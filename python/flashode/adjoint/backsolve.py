@@ -15,10 +15,10 @@ from dataclasses import replace
 
 import torch
 
-from .. import arguments
 from ..augmented import Augmented, Gradients
 from ..engines import SWEEPS
 from ..errors import GradientWarning
+from ..options import even_grid
 from ..problem import Problem
 from ..solution import backward_failure
 from . import restart
@@ -121,10 +121,7 @@ def _grid_through(problem: Problem) -> torch.Tensor:
     """Steps of the given size from every output to the next."""
     clock = torch.tensor(problem.times, dtype=torch.float64)
     step_size = problem.control.max_step
-    grids = [
-        arguments.even_grid(clock[i : i + 2], problem.times[i : i + 2], step_size)
-        for i in range(len(clock) - 1)
-    ]
+    grids = [even_grid(clock[i : i + 2], problem.times[i : i + 2], step_size) for i in range(len(clock) - 1)]
     return torch.cat([clock[:1], *(grid[1:] for grid in grids)])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .. import arguments
+from .. import options as choices
 from ..arguments import CALLBACKS
 from ..errors import ArgumentError, ArgumentTypeError
 from ..problem import Problem
@@ -97,7 +98,7 @@ def make_spec(
             "adjoint='backsolve'"
         )
     norm = options.pop("norm", None)
-    restart = arguments.flag(options, "restart", "adjoint_options")
+    restart = choices.flag(options, "restart", "adjoint_options")
     options.pop("restart", None)
     if isinstance(norm, str) and norm != "seminorm":
         raise ArgumentError(f"adjoint_options['norm'] must be callable or 'seminorm', got {norm!r}")
@@ -129,8 +130,8 @@ def check_backward(rtol, atol, method, options):
             if part is not None:
                 arguments.check_tolerance(name, part)
     if chosen.adaptive:
-        known = {k: v for k, v in options.items() if k in arguments.ADAPTIVE_OPTIONS}
-        arguments.adaptive_fields(known, chosen, 0.0, 1.0)
+        known = {k: v for k, v in options.items() if k in chosen.options}
+        choices.adaptive_fields(known, chosen, 0.0, 1.0)
 
 
 def _norm_around(problem: Problem, counts_params: bool):

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arguments import MAX_NUM_STEPS, require_dense
+from ..arguments import require_dense
 from ..control import accept, clamp_step, first_guess, initial_step, next_step
 from ..errors import ArgumentError, ArgumentTypeError, Status
 from ..events import bisect_event, combine_events
 from ..interp import weights_at
+from ..options import MAX_NUM_STEPS
 from ..problem import Problem
 from ..solution import Landing, Outcome
 from ..transforms import is_batched, require_readable

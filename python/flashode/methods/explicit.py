@@ -1,38 +1,9 @@
-"""Every method as data; the only place where coefficients are written."""
+"""Explicit Runge-Kutta methods: their tables, and what interpolates between step ends."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
-from .interp import Dense, hermite, linear, quadratic, quartic
-from .tableau import Row, Tableau, row
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """A named method.
-
-    ``order`` is that of the propagated solution, and the one step-size control uses. ``dense``
-    is the continuous extension used between step ends. ``dense_overshoot`` replaces it where
-    calls of ``func`` must be counted as torchdiffeq counts them.
-    """
-
-    name: str
-    order: int
-    tableau: Tableau
-    dense: Dense
-    dense_overshoot: Dense | None = None
-    source: str = ""
-
-    @property
-    def adaptive(self) -> bool:
-        return self.tableau.b_err is not None
-
-    @cached_property
-    def cubic(self) -> Dense:
-        """What ``interp="cubic"`` asks for."""
-        return hermite(self.tableau)
+from ..interp import Dense
+from ..tableau import Row, Tableau, row
 
 
 def _minus(b: Row, b_hat: Row) -> Row:
@@ -41,15 +12,15 @@ def _minus(b: Row, b_hat: Row) -> Row:
 
 # ---- fixed steps ---------------------------------------------------------------------------
 
-_EULER = Tableau(c=row(0), a=(row(),), b=row(1))
-_MIDPOINT = Tableau(c=row(0, "1/2"), a=(row(), row("1/2")), b=row(0, 1))
-_HEUN2 = Tableau(c=row(0, 1), a=(row(), row(1)), b=row("1/2", "1/2"))
-_HEUN3 = Tableau(
+EULER = Tableau(c=row(0), a=(row(),), b=row(1))
+MIDPOINT = Tableau(c=row(0, "1/2"), a=(row(), row("1/2")), b=row(0, 1))
+HEUN2 = Tableau(c=row(0, 1), a=(row(), row(1)), b=row("1/2", "1/2"))
+HEUN3 = Tableau(
     c=row(0, "1/3", "2/3"),
     a=(row(), row("1/3"), row(0, "2/3")),
     b=row("1/4", 0, "3/4"),
 )
-_RK38 = Tableau(
+RK38 = Tableau(
     c=row(0, "1/3", "2/3", 1),
     a=(row(), row("1/3"), row("-1/3", 1), row(1, -1, 1)),
     b=row("1/8", "3/8", "3/8", "1/8"),
@@ -68,8 +39,8 @@ _FEHLBERG_A = (
 _FEHLBERG_B4 = row("25/216", 0, "1408/2565", "2197/4104", "-1/5", 0)
 _FEHLBERG_B5 = row("16/135", 0, "6656/12825", "28561/56430", "-9/50", "2/55")
 
-_FEHLBERG4 = Tableau(c=_FEHLBERG_C[:5], a=_FEHLBERG_A[:5], b=_FEHLBERG_B4[:5])
-_FEHLBERG5 = Tableau(c=_FEHLBERG_C, a=_FEHLBERG_A, b=_FEHLBERG_B5)
+FEHLBERG4 = Tableau(c=_FEHLBERG_C[:5], a=_FEHLBERG_A[:5], b=_FEHLBERG_B4[:5])
+FEHLBERG5 = Tableau(c=_FEHLBERG_C, a=_FEHLBERG_A, b=_FEHLBERG_B5)
 
 # ---- adaptive ------------------------------------------------------------------------------
 
@@ -78,19 +49,19 @@ _FEHLBERG5 = Tableau(c=_FEHLBERG_C, a=_FEHLBERG_A, b=_FEHLBERG_B5)
 # is kept, and evaluating f(t1, y1) afresh costs half as many calls again and is no more accurate
 # on the DETEST problems.
 
-_ADAPTIVE_HEUN = Tableau(
+ADAPTIVE_HEUN = Tableau(
     c=row(0, 1),
     a=(row(), row(1)),
     b=row("1/2", "1/2"),
     b_err=row("1/2", "-1/2"),
 )
-_FEHLBERG2 = Tableau(
+FEHLBERG2 = Tableau(
     c=row(0, "1/2", 1),
     a=(row(), row("1/2"), row("1/256", "255/256")),
     b=row("1/512", "255/256", "1/512"),
     b_err=row("-1/512", 0, "1/512"),
 )
-_BOSH3 = Tableau(
+BOSH3 = Tableau(
     c=row(0, "1/2", "3/4", 1),
     a=(row(), row("1/2"), row(0, "3/4"), row("2/9", "1/3", "4/9")),
     b=row("2/9", "1/3", "4/9", 0),
@@ -99,7 +70,7 @@ _BOSH3 = Tableau(
 
 # Fehlberg's pair advances the fifth-order solution; f1 is appended as a stage, so that the step
 # ends with the slope the next one starts from.
-_FEHLBERG45 = Tableau(
+FEHLBERG45 = Tableau(
     c=(*_FEHLBERG_C, *row(1)),
     a=(*_FEHLBERG_A, _FEHLBERG_B5),
     b=(*_FEHLBERG_B5, *row(0)),
@@ -108,7 +79,7 @@ _FEHLBERG45 = Tableau(
 
 # Fourth order everywhere and C1, from the seven stages alone. The order conditions leave one free
 # number; it makes the fifth-order residual least, rounded to give short fractions.
-_FEHLBERG45_DENSE = Dense(
+FEHLBERG45_DENSE = Dense(
     weights=(
         row(1, "-5/2", "334/135", "-77/90"),
         row(0, 0, 0, 0),
@@ -123,7 +94,7 @@ _FEHLBERG45_DENSE = Dense(
 # Dormand and Prince, J. Comput. Appl. Math. 6 (1980); the error weights and the midpoint are
 # Shampine's (Math. Comp. 46, 1986), not Hairer's.
 _DOPRI5_B = row("35/384", 0, "500/1113", "125/192", "-2187/6784", "11/84", 0)
-_DOPRI5 = Tableau(
+DOPRI5 = Tableau(
     c=row(0, "1/5", "3/10", "4/5", "8/9", 1, 1),
     a=(
         row(),
@@ -140,7 +111,7 @@ _DOPRI5 = Tableau(
         row("1951/21600", 0, "22642/50085", "451/720", "-12231/42400", "649/6300", "1/60"),
     ),
 )
-_DOPRI5_MID = row(
+DOPRI5_MID = row(
     "6025192743/60171106304",
     0,
     "51252292925/130801643196",
@@ -162,7 +133,7 @@ _TSIT5_B = row(
     "2.324710524099773982415355918398765796109",
     0,
 )
-_TSIT5 = Tableau(
+TSIT5 = Tableau(
     c=row(0, "0.161", "0.327", "0.9", "0.9800255409045096857298102862870245954942", 1, 1),
     a=(
         row(),
@@ -202,7 +173,7 @@ _TSIT5 = Tableau(
         "-1/66",
     ),
 )
-_TSIT5_DENSE = Dense(
+TSIT5_DENSE = Dense(
     weights=(
         row(
             1,
@@ -245,7 +216,7 @@ _DOPRI8_B = row(
     "561292985/797845732", "-1041891430/1371343529", "760417239/1151165299",
     "118820643/751138087", "-528747749/2220607170", "1/4", 0,
 )  # fmt: skip
-_DOPRI8 = Tableau(
+DOPRI8 = Tableau(
     c=row(
         0, "1/18", "1/12", "1/8", "5/16", "3/8", "59/400", "93/200", "5490023248/9719169821",
         "13/20", "1201146811/1299019798", 1, 1, 1,
@@ -286,7 +257,7 @@ _DOPRI8 = Tableau(
     ),
 )  # fmt: skip
 # Midpoint of the free interpolant that torchdiffeq takes from the same authors: fifth order only.
-_DOPRI8_MID = row(
+DOPRI8_MID = row(
     "0.041031303607394012375", 0, 0, 0, 0, "0.0510056280199134456875",
     "0.2388930677412199966125", "0.3096870143996102922671875", "-0.217232547175535029009375",
     "0.07833405679331924616875", "-0.001861436971558026034375", "0.0070728442026784521390625",
@@ -296,7 +267,7 @@ _DOPRI8_MID = row(
 # Seventh order everywhere and C1, from three more stages in steps that hold outputs: the fewest
 # possible, since the order conditions on the fourteen stages leave a gap of rank three. Nodes and
 # free parameters make the eighth-order residual small; weights stay below 0.76 in magnitude.
-_DOPRI8_DENSE = Dense(
+DOPRI8_DENSE = Dense(
     weights=(
         row(
             1, "-12.026149061325462806575781386688", "65.627886056347247341732462528025",
@@ -398,23 +369,3 @@ _DOPRI8_DENSE = Dense(
         ),
     ),
 )  # fmt: skip
-
-_TABLE = [
-    Method("euler", 1, _EULER, linear(_EULER), source="Euler 1768"),
-    Method("midpoint", 2, _MIDPOINT, linear(_MIDPOINT), source="Runge 1895"),
-    Method("heun2", 2, _HEUN2, linear(_HEUN2), source="Heun 1900"),
-    Method("heun3", 3, _HEUN3, linear(_HEUN3), source="Heun 1900"),
-    Method("rk4", 4, _RK38, linear(_RK38), source="Kutta's 3/8 rule, 1901"),
-    Method("fehlberg4", 4, _FEHLBERG4, linear(_FEHLBERG4), source="Fehlberg 1969"),
-    Method("fehlberg5", 5, _FEHLBERG5, linear(_FEHLBERG5), source="Fehlberg 1969"),
-    Method("adaptive_heun", 2, _ADAPTIVE_HEUN, quadratic(_ADAPTIVE_HEUN), source="Heun 1900"),
-    Method("fehlberg2", 2, _FEHLBERG2, quadratic(_FEHLBERG2), source="Fehlberg 1969"),
-    Method("bosh3", 3, _BOSH3, hermite(_BOSH3), source="Bogacki, Shampine 1989"),
-    Method("fehlberg45", 5, _FEHLBERG45, _FEHLBERG45_DENSE, source="Fehlberg 1969"),
-    Method("dopri5", 5, _DOPRI5, quartic(_DOPRI5, _DOPRI5_MID), source="Dormand, Prince 1980"),
-    Method("tsit5", 5, _TSIT5, _TSIT5_DENSE, source="Tsitouras 2011"),
-    Method("dopri8", 8, _DOPRI8, _DOPRI8_DENSE,
-           dense_overshoot=quartic(_DOPRI8, _DOPRI8_MID), source="Prince, Dormand 1981"),
-]  # fmt: skip
-
-METHODS = {method.name: method for method in _TABLE}

@@ -1,0 +1,66 @@
+"""Every method by name, as data: its family, its table, what interpolates it, and the options it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..interp import Dense, hermite, linear, quadratic, quartic
+from ..tableau import Tableau
+from . import explicit as e
+from .options import OPTIONS
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A named method.
+
+    ``order`` is that of the propagated solution, and the one step-size control uses. ``dense``
+    is the continuous extension used between step ends. ``dense_overshoot`` replaces it where
+    calls of ``func`` must be counted as torchdiffeq counts them. ``family`` says what takes a step:
+    ``"explicit"`` Runge-Kutta methods evaluate their stages one after the other.
+    """
+
+    name: str
+    order: int
+    tableau: Tableau
+    dense: Dense
+    dense_overshoot: Dense | None = None
+    source: str = ""
+    family: str = "explicit"
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tableau.b_err is not None
+
+    @cached_property
+    def cubic(self) -> Dense:
+        """What ``interp="cubic"`` asks for."""
+        return hermite(self.tableau)
+
+    @cached_property
+    def options(self) -> list[str]:
+        """The names of the options that the method takes."""
+        groups = {"adaptive" if self.adaptive else "fixed", self.family}
+        return [name for name, option in OPTIONS.items() if groups.intersection(option.groups)]
+
+
+_TABLE = [
+    Method("euler", 1, e.EULER, linear(e.EULER), source="Euler 1768"),
+    Method("midpoint", 2, e.MIDPOINT, linear(e.MIDPOINT), source="Runge 1895"),
+    Method("heun2", 2, e.HEUN2, linear(e.HEUN2), source="Heun 1900"),
+    Method("heun3", 3, e.HEUN3, linear(e.HEUN3), source="Heun 1900"),
+    Method("rk4", 4, e.RK38, linear(e.RK38), source="Kutta's 3/8 rule, 1901"),
+    Method("fehlberg4", 4, e.FEHLBERG4, linear(e.FEHLBERG4), source="Fehlberg 1969"),
+    Method("fehlberg5", 5, e.FEHLBERG5, linear(e.FEHLBERG5), source="Fehlberg 1969"),
+    Method("adaptive_heun", 2, e.ADAPTIVE_HEUN, quadratic(e.ADAPTIVE_HEUN), source="Heun 1900"),
+    Method("fehlberg2", 2, e.FEHLBERG2, quadratic(e.FEHLBERG2), source="Fehlberg 1969"),
+    Method("bosh3", 3, e.BOSH3, hermite(e.BOSH3), source="Bogacki, Shampine 1989"),
+    Method("fehlberg45", 5, e.FEHLBERG45, e.FEHLBERG45_DENSE, source="Fehlberg 1969"),
+    Method("dopri5", 5, e.DOPRI5, quartic(e.DOPRI5, e.DOPRI5_MID), source="Dormand, Prince 1980"),
+    Method("tsit5", 5, e.TSIT5, e.TSIT5_DENSE, source="Tsitouras 2011"),
+    Method("dopri8", 8, e.DOPRI8, e.DOPRI8_DENSE,
+           dense_overshoot=quartic(e.DOPRI8, e.DOPRI8_MID), source="Prince, Dormand 1981"),
+]  # fmt: skip
+
+METHODS = {method.name: method for method in _TABLE}

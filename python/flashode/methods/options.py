@@ -1,0 +1,40 @@
+"""Every option by name: which methods take it, and what it means; README's table is made of this one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Option:
+    """``groups`` are the kinds of methods that take the option: ``"adaptive"`` or ``"fixed"`` steps, or a
+    family of methods. ``meaning`` is a line for people, with units and the default."""
+
+    groups: tuple[str, ...]
+    meaning: str
+
+
+_ADAPTIVE, _FIXED = ("adaptive",), ("fixed",)
+
+OPTIONS = {
+    "first_step": Option(_ADAPTIVE, "length of the first trial step, in units of `t`; default: chosen"),
+    "min_step": Option(_ADAPTIVE, "a step this short stands whatever its error; default 0"),
+    "max_step": Option(_ADAPTIVE, "no step is longer"),
+    "max_num_steps": Option(_ADAPTIVE, "trial steps allowed between two outputs; default 100,000"),
+    "safety": Option(_ADAPTIVE, "part of the optimal step that is tried; default 0.9"),
+    "ifactor": Option(_ADAPTIVE, "most that a step grows by; default 10"),
+    "dfactor": Option(_ADAPTIVE, "most that a step shrinks by; default 0.2"),
+    "norm": Option(
+        (*_ADAPTIVE, *_FIXED),
+        "of the scaled error, a callable; default: root mean square over the whole tensor, the largest over a "
+        "tuple's members",
+    ),
+    "step_t": Option(_ADAPTIVE, "times to land on"),
+    "jump_t": Option(_ADAPTIVE, "times to land on, and to evaluate the field again from the other side"),
+    "dtype": Option(_ADAPTIVE, "accepted as torchdiffeq has it; time is always kept in float64"),
+    "overshoot": Option(_ADAPTIVE, "take torchdiffeq's steps exactly, past the final time"),
+    "step_size": Option(_FIXED, "length of the steps, in units of `t`; default: from one output to the next"),
+    "grid_constructor": Option(_FIXED, "`f(func, y0, t)` returns the ends of the steps"),
+    "interp": Option(_FIXED, '`"linear"` (default) or `"cubic"`, between the ends of steps'),
+    "perturb": Option(_FIXED, "evaluate just inside the ends of a step"),
+}

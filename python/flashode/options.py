@@ -1,0 +1,182 @@
+"""The checks of ``options``, and what they become in a `Problem`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from .arguments import forward_times, kind_of, nearest, real_number
+from .control import Controller
+from .errors import ArgumentError, ArgumentTypeError
+from .methods import Method
+
+# torchdiffeq's default of 2**31 - 1 lets a stiff problem run for days; this is an order of
+# magnitude beyond what any DETEST problem takes at tolerance 1e-12.
+MAX_NUM_STEPS = 100_000
+
+# Grids are held in memory; this one takes 800 MB.
+MAX_GRID = 100_000_000
+
+
+def known_options(options, method: Method) -> dict:
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ArgumentTypeError(f"options must be a dict, got {kind_of(options)}")
+    allowed = method.options
+    unknown = {k: v for k, v in options.items() if k not in allowed}
+    if unknown:
+        # parity: a warning, because programs share one options dict between methods.
+        hints = "".join(nearest(name, allowed) for name in unknown)
+        warnings.warn(
+            f"{method.name}: Unexpected arguments {unknown}, ignored.{hints} Allowed options: {allowed}"
+        )
+    return {k: v for k, v in options.items() if k in allowed}
+
+
+def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, finite=True):
+    value = options.get(name, default)
+    if value is default:
+        return default
+    number = real_number(value)
+    if number is None:
+        raise ArgumentTypeError(f"options[{name!r}] must be a number, got {kind_of(value)}")
+    if math.isnan(number) or number < low or number > high or (strict and number == low):
+        bound = f"greater than {low:g}" if strict else f"at least {low:g}"
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ArgumentError(f"options[{name!r}] must be {bound}{upper}, got {number}")
+    if finite and math.isinf(number):
+        raise ArgumentError(f"options[{name!r}] must be finite, got {number}")
+    return number
+
+
+def flag(options, name, argument="options") -> bool:
+    value = options.get(name, False)
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ArgumentTypeError(f"{argument}[{name!r}] must be True or False, got {kind_of(value)}")
+    return bool(value)
+
+
+def adaptive_fields(options, method: Method, begin: float, direction: float) -> dict:
+    control = Controller(
+        order=method.order,
+        safety=_number(options, "safety", 0.9, high=1, strict=True),
+        ifactor=_number(options, "ifactor", 10.0, low=1),
+        dfactor=_number(options, "dfactor", 0.2, high=1, strict=True),
+        min_step=_number(options, "min_step", 0.0),
+        max_step=_number(options, "max_step", math.inf, strict=True, finite=False),
+    )
+    if control.min_step > control.max_step:
+        raise ArgumentError(
+            f"options['min_step'] is {control.min_step}, above options['max_step'], {control.max_step}"
+        )
+    limit = min(_number(options, "max_num_steps", MAX_NUM_STEPS, low=1, finite=False), 2**31 - 1)
+    if limit != int(limit):
+        raise ArgumentError(f"options['max_num_steps'] must be a whole number, got {limit}")
+    dtype = options.get("dtype", torch.float64)
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
+        # Time is kept in float64 whichever of the two is asked for.
+        raise ArgumentError(f"options['dtype'] must be torch.float32 or torch.float64, got {dtype}")
+    norm = options.get("norm")
+    if norm is not None and not callable(norm):
+        raise ArgumentTypeError(f"options['norm'] must be callable, got {kind_of(norm)}")
+    first_step = _number(options, "first_step", None, strict=True)
+    overshoot = flag(options, "overshoot")
+    return {
+        "control": control,
+        "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
+        "first_step": first_step,
+        "max_num_steps": int(limit),
+        "overshoot": overshoot,
+        "norm": norm,
+        "stops": _stops(options, begin, direction),
+    }
+
+
+def _stops(options, begin, direction):
+    """Times that steps must end on, ascending on the forward clock."""
+    stops = []
+    for name, is_jump in (("step_t", False), ("jump_t", True)):
+        values = options.get(name)
+        if values is None:
+            continue
+        try:
+            if isinstance(values, torch.Tensor) and values.is_complex():
+                raise TypeError("complex times")
+            values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
+        if any(math.isnan(v) for v in values):
+            raise ArgumentError(f"options[{name!r}] holds NaN")
+        # parity: times before the start are dropped in silence.
+        stops += [(direction * v, is_jump) for v in values if direction * v > begin]
+    stops.sort()
+    if any(a[0] == b[0] for a, b in zip(stops, stops[1:])):
+        raise ArgumentError("`step_t` and `jump_t` must not have any repeated elements between them.")
+    return tuple(stops)
+
+
+def fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
+    interp = options.get("interp", "linear")
+    if not isinstance(interp, str) or interp not in ("linear", "cubic"):
+        raise ArgumentError(
+            f"Unknown interpolation method {interp!r}; options['interp'] is 'linear' or 'cubic'"
+        )
+    step_size = _number(options, "step_size", None, strict=True)
+    constructor = options.get("grid_constructor")
+    if step_size is not None and constructor is not None:
+        raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
+    if event_fn is not None and step_size is None:
+        raise ArgumentError(
+            "Event handling for fixed step solvers currently requires `step_size` to be provided in options."
+        )
+    clock = direction * t.to("cpu", torch.float64)
+    if event_fn is not None:
+        grid = clock[:1]
+    elif step_size is not None:
+        grid = even_grid(clock, times, step_size)
+    elif constructor is not None:
+        grid = _constructed_grid(constructor, func, y0, t, times, direction)
+    else:
+        grid = clock
+    return {
+        "control": Controller(order=method.order, max_step=step_size or math.inf),
+        "dense": method.dense if interp == "linear" else method.cubic,
+        "grid": grid,
+        "steps_on_times": grid is clock,
+        "perturb": flag(options, "perturb"),
+    }
+
+
+def even_grid(clock, times, step_size):
+    """``t[0] + i * step_size`` while before the end, then the end itself."""
+    steps = (times[-1] - times[0]) / step_size
+    if steps > MAX_GRID:
+        raise ArgumentError(
+            f"options['step_size'] = {step_size} asks for {steps:.3g} steps; at most {MAX_GRID:.0e} are possible"
+        )
+    if step_size < math.ulp(max(-times[0], times[-1])):
+        raise ArgumentError(
+            f"options['step_size'] = {step_size} is below the resolution of t at {times[-1]!r}"
+        )
+    # A quotient that is whole up to rounding must not add a step of no length.
+    whole = max(1, math.ceil(steps * (1 - 4 * torch.finfo(torch.float64).eps))) if len(times) > 1 else 0
+    inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64)
+    return torch.cat([inner, clock[-1:]])
+
+
+def _constructed_grid(constructor, func, y0, t, times, direction):
+    if not callable(constructor):
+        raise ArgumentTypeError(f"options['grid_constructor'] must be callable, got {kind_of(constructor)}")
+    grid = constructor(func, y0, t)
+    if not isinstance(grid, torch.Tensor):
+        raise ArgumentTypeError(f"grid_constructor must return a Tensor, got {kind_of(grid)}")
+    values, grid_direction = forward_times(grid, "grid_constructor's grid")
+    if values[0] != times[0] or values[-1] != times[-1] or (len(values) > 1 and grid_direction != direction):
+        raise ArgumentError(
+            f"grid_constructor's grid must run from t[0] = {direction * times[0]} to t[-1] = {direction * times[-1]}, "
+            f"it runs from {grid[0].item()} to {grid[-1].item()}"
+        )
+    return direction * grid.to("cpu", torch.float64)
