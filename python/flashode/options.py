@@ -52,6 +52,13 @@ def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, fin
     return number
 
 
+def _whole(options, name, default) -> int:
+    limit = min(_number(options, name, default, low=1, finite=False), 2**31 - 1)
+    if limit != int(limit):
+        raise ArgumentError(f"options[{name!r}] must be a whole number, got {limit}")
+    return int(limit)
+
+
 def flag(options, name, argument="options") -> bool:
     value = options.get(name, False)
     if not isinstance(value, (bool, int)) or value not in (0, 1):
@@ -72,9 +79,6 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         raise ArgumentError(
             f"options['min_step'] is {control.min_step}, above options['max_step'], {control.max_step}"
         )
-    limit = min(_number(options, "max_num_steps", MAX_NUM_STEPS, low=1, finite=False), 2**31 - 1)
-    if limit != int(limit):
-        raise ArgumentError(f"options['max_num_steps'] must be a whole number, got {limit}")
     dtype = options.get("dtype", torch.float64)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         # Time is kept in float64 whichever of the two is asked for.
@@ -88,10 +92,11 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         "control": control,
         "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
         "first_step": first_step,
-        "max_num_steps": int(limit),
+        "max_num_steps": _whole(options, "max_num_steps", MAX_NUM_STEPS),
         "overshoot": overshoot,
         "norm": norm,
         "stops": _stops(options, begin, direction),
+        "max_iters": _whole(options, "max_iters", 10),
     }
 
 
@@ -147,6 +152,7 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
         "grid": grid,
         "steps_on_times": grid is clock,
         "perturb": flag(options, "perturb"),
+        "max_iters": _whole(options, "max_iters", 100),
     }
 
 

@@ -81,6 +81,7 @@ class Outcome:
     k: list[torch.Tensor] = field(default_factory=list)
     y1: torch.Tensor | None = None
     event_t: float = math.nan
+    unsolved: float | None = None
 
 
 def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
@@ -128,6 +129,13 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
             "the solution overflows its dtype, or leaves the domain of func",
         ),
         Status.NONFINITE_ERROR: _nonfinite_error(problem, outcome, t, index),
+        Status.NONCONVERGENCE: (
+            f"the stage equations of {problem.method.name} could not be solved in step {outcome.accepted + 1}, from "
+            f"t={t!r} with dt={dt!r}: the last change that Newton's method made is {outcome.unsolved} "
+            + ("tolerances" if problem.adaptive else "of the state"),
+            "take smaller steps; check that func is smooth in y, or raise options={'max_iters': ...}, now "
+            f"{problem.max_iters}",
+        ),
         Status.STEP_UNDERFLOW: (
             f"underflow in dt {dt!r} at t={t!r}: the error test fails however small the step "
             f"(error ratio {outcome.error_ratio:.3g})",
@@ -184,7 +192,11 @@ def _cause(problem, outcome: Outcome):
     """The true reason behind a step that could not be taken, and a tensor that is not finite at
     the element to blame, if one is."""
     status = outcome.status
-    if not outcome.k or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio)):
+    if (
+        not outcome.k
+        or status == Status.NONCONVERGENCE
+        or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio))
+    ):
         return status, None
     suspects = [(Status.NONFINITE_FIELD, k) for k in outcome.k] + [(Status.NONFINITE_STATE, outcome.y1)]
     for reason, x in suspects:

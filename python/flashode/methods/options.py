@@ -37,4 +37,7 @@ OPTIONS = {
     "grid_constructor": Option(_FIXED, "`f(func, y0, t)` returns the ends of the steps"),
     "interp": Option(_FIXED, '`"linear"` (default) or `"cubic"`, between the ends of steps'),
     "perturb": Option(_FIXED, "evaluate just inside the ends of a step"),
+    "max_iters": Option(
+        ("implicit",), "iterations of Newton's method for a stage; default 100, of adaptive methods 10"
+    ),
 }
