@@ -16,7 +16,7 @@ LAYERS = [
     ["methods/explicit"],
     ["methods/__init__"],
     ["arguments"],
-    ["options"],
+    ["options", "progress"],
     ["problem"],
     ["augmented"],
     ["solution"],
