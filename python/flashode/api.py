@@ -7,6 +7,7 @@ from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
 from .engines import ENGINES, choose
 from .errors import ArgumentError
+from .options import warn_of_idle_stops
 from .problem import Problem
 from .progress import require_progress, shown
 from .solution import Solution, finish
@@ -74,9 +75,16 @@ def solve(
     return _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw)[0]
 
 
+def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    if problem.adaptive and event_fn is None:
+        warn_of_idle_stops(options, problem.t)
+    return problem
+
+
 def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw):
     require_progress(progress)
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     with shown(problem, progress) as watched:
         outcome = ENGINES[name].solve(watched)
@@ -142,7 +150,7 @@ def odeint_adjoint(
         )
     require_progress(progress)
     params = collect_params(func, adjoint_params, args)
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     spec = make_spec(
         problem, options, rtol, atol, method,
