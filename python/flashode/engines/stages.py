@@ -33,7 +33,8 @@ _FORCING = 1e-3
 
 class Unsolved(Exception):
     """The equations of a stage could not be solved: ``residual`` is the last change that Newton's method made
-    to the state, relative to the state or to the tolerance; ``values`` are non-finite slopes, if it met any."""
+    to the state, relative to the state or to the tolerance; ``values`` is a slope that is not finite, if it
+    met one."""
 
     def __init__(self, residual: float, values: torch.Tensor | None = None):
         self.residual, self.values = residual, values
@@ -135,7 +136,7 @@ class Stages:
                 size, stalled = self.size(equations, K, change, exact)
             if not size < last:
                 if before is None:
-                    raise Unsolved(math.inf, None if finite else values)
+                    raise Unsolved(math.inf, _nonfinite(values, equations.like))
                 if finite and stalled:
                     return K
                 if age > 1:  # once more from where the last step began, with the matrix of that place
@@ -153,7 +154,7 @@ class Stages:
                 self.linear = None  # more than two iterations to come
             before, step, last = K, change, size
             K = K + change
-        raise Unsolved(self.relative(equations, K, step), None if finite else values)
+        raise Unsolved(self.relative(equations, K, step), _nonfinite(values, equations.like))
 
     def matrix_for(self, equations):
         key = equations.steps.tolist()
@@ -176,6 +177,12 @@ class Stages:
         if not self.run.p.adaptive:
             return _part(equations, K, change)
         return max(self.run.in_tolerances(_shaped(z, equations.like)) for z in equations.steps @ change)
+
+
+def _nonfinite(values, like):
+    """The first of several slopes that is not finite."""
+    finite = torch.isfinite(values).all(1).tolist()
+    return None if all(finite) else from_real(values[finite.index(False)], like)
 
 
 def _part(equations, K, change):
