@@ -93,7 +93,9 @@ def make_spec(
             f"adjoint='interpolated' needs a forward method with step-size control, whose dense output is of its "
             f"order; method={problem.method.name!r} has none: use adjoint='checkpoint'"
         )
-    backward_method = arguments.method_named(method if adjoint_method is None else adjoint_method, "adjoint_method")
+    backward_method = arguments.method_named(
+        method if adjoint_method is None else adjoint_method, "adjoint_method"
+    )
     if mode == "interpolated" and backward_method.family == "implicit":
         raise ArgumentError(
             f"adjoint='interpolated' solves backwards by an explicit method, not by {backward_method.name!r}: give "

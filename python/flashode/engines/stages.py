@@ -154,7 +154,10 @@ class Stages:
                 self.linear = None  # more than two iterations to come
             before, step, last = K, change, size
             K = K + change
-        raise Unsolved(self.relative(equations, K, step), _nonfinite(values, equations.like))
+        residual = self.relative(equations, K, step)
+        if self.run.p.adaptive and residual <= _KAPPA:
+            return K  # not to rounding, but as well as the tolerances ask for
+        raise Unsolved(residual, _nonfinite(values, equations.like))
 
     def matrix_for(self, equations):
         key = equations.steps.tolist()
@@ -169,8 +172,7 @@ class Stages:
             return self.relative(equations, K, change) / _KAPPA, False
         eps = torch.finfo(equations.like.dtype).eps
         part = _part(equations, K, change)
-        stalled = part <= max(16 * eps, eps**0.75)
-        return part / (4 * eps), stalled or (self.run.p.adaptive and self.relative(equations, K, change) <= _KAPPA)
+        return part / (4 * eps), part <= max(16 * eps, eps**0.75)
 
     def relative(self, equations, K, change):
         """What a change of the slopes does to the states: in tolerances, for fixed steps in parts of the state."""
