@@ -316,7 +316,10 @@ def test_gmres_solves_and_says_what_is_left():
 
 @pytest.mark.parametrize("name", ["trbdf2", "gl4", "kvaerno5"])
 def test_products_and_factors_give_the_same(name, monkeypatch):
-    options = held(name, 0.05)
+    options = {
+        **held(name, 0.05),
+        "max_iters": 50,
+    }  # such tolerances would be met before Newton's method ends
     results = []
     for limit in (1024, 0):
         monkeypatch.setattr(stages, "DENSE_LIMIT", limit)
@@ -332,7 +335,7 @@ def test_products_and_factors_give_the_same(name, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["implicit_euler", "kvaerno3"])
+@pytest.mark.parametrize("name", ["implicit_euler", "trbdf2"])
 def test_a_state_of_many_numbers_never_makes_a_matrix(name):
     """100,000 numbers: their Jacobian would take 80 GB. No tensor of 60 states' size is made."""
     place = torch.arange(100_000, dtype=F64)
