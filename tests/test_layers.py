@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python/flashode"
 
 # A module imports from modules further up only.
 LAYERS = [
-    ["errors", "tableau", "control", "events", "extension"],
+    ["errors", "tableau", "control", "events", "extension", "outside"],
     ["interp", "transforms", "methods/options"],
     ["methods/explicit"],
     ["methods/__init__"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["augmented"],
     ["solution"],
     ["engines/reference", "engines/native"],
-    ["engines/reference_sweep"],
+    ["engines/reference_sweep", "engines/traced"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
     ["adjoint/reached"],

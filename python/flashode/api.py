@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import transforms
 from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
-from .engines import ENGINES, choose
+from .engines import ENGINES, choose, traced
 from .errors import ArgumentError
 from .problem import Problem
 from .solution import Solution, finish
@@ -49,6 +49,8 @@ def odeint(
         >>> round(y[-1].item(), 5)
         0.36788
     """
+    if transforms.records(y0) and traced.serves(func, method, options, event_fn, engine):
+        return traced.odeint(func, y0, t, method, options, args)
     solution, event_t = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, True)
     return solution.ys if event_fn is None else (event_t, solution.ys)
 
@@ -69,6 +71,7 @@ def solve(
     return _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw)[0]
 
 
+@transforms.outside_graphs
 def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw):
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
@@ -79,6 +82,7 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, thr
     return finish(problem, outcome, name, throw), event_t
 
 
+@transforms.outside_graphs
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,

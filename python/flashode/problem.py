@@ -88,7 +88,7 @@ class Problem:
             self.t.requires_grad or (self.grid is not None and self.grid.requires_grad)
         )
 
-    @cached_property
+    @property  # not cached, or torch.compile could not trace it
     def offsets(self) -> list[int]:
         """Where each member of the state begins in the flat state, and the end."""
         sizes = [self.y0.numel()] if self.shapes is None else [s.numel() for s in self.shapes]
