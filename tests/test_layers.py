@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python/flashode"
 
 # A module imports from modules further up only.
 LAYERS = [
-    ["errors", "tableau", "control", "events", "extension", "outside"],
+    ["errors", "tableau", "control", "events", "extension", "outside", "vjp"],
     ["interp", "transforms", "methods/options"],
     ["methods/explicit"],
     ["methods/__init__"],

@@ -86,6 +86,7 @@ def _state_member(y, name):
 
 
 def require_finite(y0, shapes, method):
+    require_values("y0", y0)
     # A fixed-step solve on a GPU never waits for the device, not even for this check; and vmap lets
     # nobody look.
     if not method.adaptive and (y0.device.type != "cpu" or is_batched(y0)):

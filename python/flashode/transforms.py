@@ -34,8 +34,9 @@ def require_readable(x: torch.Tensor, reader: str):
     """Refuses a Tensor that ``reader`` has to read, where torch.func.vmap keeps it from being read."""
     if is_batched(x):
         raise ArgumentError(
-            f"torch.func.vmap gives {reader} a batch, which cannot be read; give y0 a leading batch "
-            "dimension instead of vmap, or use a fixed-step method with the same t for all, such as 'rk4'"
+            f"torch.func.vmap gives {reader} a batch, which cannot be read; in place of vmap give y0 a leading batch "
+            "dimension, and options={'batched': True} for steps of its own for every sample, or use a fixed-step "
+            "method with the same t for all, such as 'rk4'"
         )
 
 

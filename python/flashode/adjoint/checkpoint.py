@@ -15,6 +15,7 @@ import torch
 from ..engines import ENGINES
 from ..problem import Problem
 from ..solution import Landing
+from ..vjp import vector_jacobian_products
 from .apart import apart
 from .reached import warn_unlisted
 from .schedule import reversal, thinned
@@ -181,10 +182,7 @@ class _Sweep:
         if self.examines:
             warn_unlisted(self.problem.func, outputs, inputs)
             self.examines = False
-        # The graph is kept: a part of it may belong to the caller and be walked again.
-        self.adj_y, *grads = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True
-        )
+        self.adj_y, *grads = vector_jacobian_products(outputs, inputs, cotangents)
         self.adj_f = None if f0 is None else grads.pop(0)
         for total, grad in zip(self.totals, grads):
             if grad is not None:

@@ -10,6 +10,7 @@ import torch
 from ..engines import ENGINES, choose
 from ..problem import Problem
 from ..solution import finish
+from ..vjp import vector_jacobian_products
 from .reached import warn_unlisted
 from .spec import AdjointSpec, Record, take_callbacks
 
@@ -70,7 +71,7 @@ class _AugmentedField:
             grads = [None] * len(inputs)
             if reached:
                 outputs, cotangents = zip(*reached)
-                grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+                grads = vector_jacobian_products(outputs, inputs, cotangents)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
         return (grads.pop().to(vjp_t.dtype), *(s.detach() for s in slopes), *grads)
 

@@ -24,6 +24,7 @@ from ..augmented import Augmented, Gradients
 from ..control import accept, clamp_step, first_guess, initial_step, next_step
 from ..errors import Status
 from ..interp import weights_at
+from ..vjp import vector_jacobian_products
 from .reference import StepFailure, combine, mean_square_norm, scaled_error, stage_time, weighted_sum, wide
 
 # A step that would pass outputs over ends at the last of them where that leaves it this share of
@@ -93,7 +94,7 @@ class Sweep:
         inputs = [y] + ([time] if g.needs_t else []) + (list(g.params) if with_params else [])
         products = [None] * len(inputs)
         if f.requires_grad:
-            products = list(torch.autograd.grad(f, inputs, adj, retain_graph=True, allow_unused=True))
+            products = list(vector_jacobian_products(f, inputs, adj))
         of_y = torch.zeros_like(y) if products[0] is None else products[0]
         of_t = products[1] if g.needs_t else None
         of_params = products[1 + g.needs_t :] if with_params else [None] * len(g.params)
