@@ -266,12 +266,12 @@ def floored(rtol, atol, y0):
         return rtol, atol
     eps = torch.finfo(dtype).eps
     least_rtol, least_atol = 4 * eps, eps * (y0.detach().abs().max().item() or 1.0)
-    floored = []
+    floored, raised = [], False
     for value, least in ((rtol, least_rtol), (atol, least_atol)):
-        floored.append(value.clamp(min=least) if isinstance(value, torch.Tensor) else max(value, least))
-    if any(
-        bool((torch.as_tensor(new) != torch.as_tensor(old)).any()) for new, old in zip(floored, (rtol, atol))
-    ):
+        of_several = isinstance(value, torch.Tensor)
+        floored.append(value.clamp(min=least) if of_several else max(value, least))
+        raised |= bool((value < least).any()) if of_several else value < least
+    if raised:
         warnings.warn(
             f"{dtype} cannot meet these tolerances: rtol raised to at least {least_rtol:.3g}, atol to at "
             f"least {least_atol:.3g}. Use a float32 state for more accuracy.",

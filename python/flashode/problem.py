@@ -243,5 +243,5 @@ def _round_up(x: float, dtype: torch.dtype) -> float:
     if dtype == torch.float32:  # NumPy takes a microsecond where tensors take ten, once a solve
         rounded = np.float32(x)
         return float(rounded if float(rounded) >= x else np.nextafter(rounded, np.float32(np.inf)))
-    rounded = torch.tensor(x, dtype=dtype)
+    rounded = torch.tensor(x, dtype=dtype, device="cpu")
     return (rounded if rounded.item() >= x else torch.nextafter(rounded, rounded.new_tensor(math.inf))).item()

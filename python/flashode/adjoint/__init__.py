@@ -54,6 +54,8 @@ class _Adjoint(torch.autograd.Function):
         result.append(finish(problem, outcome, engine, throw=True))
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
         times = problem.t if problem.event_fn is None else torch.stack([problem.t[0], event_t])
+        if times.is_inference():  # which cannot be saved
+            times = times.clone()
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
         ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
         ctx.autocast = _autocast(problem.y0.device.type)
@@ -89,7 +91,7 @@ class _Adjoint(torch.autograd.Function):
             adj_params = apart(params, adj_params)
         grads = adj_y, grad_t, grad_grid, *adj_params
         if with_graph and mode is not checkpoint:
-            grads = _FirstOnly.apply(torch.zeros((), requires_grad=True), *grads)
+            grads = _FirstOnly.apply(torch.zeros((), device="cpu", requires_grad=True), *grads)
         return None, None, None, None, None, *grads
 
 

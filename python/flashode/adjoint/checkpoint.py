@@ -142,7 +142,7 @@ class _Replay:
         if self.points is None:
             return None
         index = self.moved_by[point]
-        return torch.zeros((), dtype=torch.float64) if index is None else self.points[index]
+        return torch.zeros((), dtype=torch.float64, device="cpu") if index is None else self.points[index]
 
     def advance(self, state, start: int, stop: int):
         """The state that step ``stop`` begins with, from that of step ``start``; nothing is recorded."""
@@ -162,7 +162,7 @@ class _Sweep:
         self.compares = grad_ys.device.type == "cpu"  # on a GPU to look would be to wait
         shifts = points = None
         if needs_time:
-            shifts = points = torch.zeros(len(record.t), dtype=torch.float64).requires_grad_()
+            shifts = points = torch.zeros(len(record.t), dtype=torch.float64, device="cpu").requires_grad_()
             if not self.problem.adaptive:
                 points = torch.zeros_like(self.problem.grid).requires_grad_()
         self.needs_time = needs_time

@@ -106,5 +106,5 @@ def _spread(tol, field: _AugmentedField, params: int):
         )
     if len(tol) != field.members:
         return tol  # given for the augmented state itself
-    least = min(torch.as_tensor(part).min().item() for part in tol)
+    least = min(part.min().item() if isinstance(part, torch.Tensor) else part for part in tol)
     return (least, *tol, *tol, *([least] * params))
