@@ -48,7 +48,9 @@ def has_no_values(x) -> bool:
 def records(y0) -> bool:
     """Whether operations on a state are recorded for a graph, and values are not there to be read."""
     # torch.compiler.is_compiling() would be true while another thread compiles.
-    return torch.compiler.is_dynamo_compiling() or has_no_values(y0[0] if isinstance(y0, tuple) and y0 else y0)
+    return torch.compiler.is_dynamo_compiling() or has_no_values(
+        y0[0] if isinstance(y0, tuple) and y0 else y0
+    )
 
 
 def outside_graphs(function):
