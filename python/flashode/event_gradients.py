@@ -83,9 +83,12 @@ class _Crossing(torch.autograd.Function):
         value, t, *states = ctx.saved_tensors
         with torch.no_grad():
             slopes = _slopes(problem, t, states)
-            speed = _speed(*ctx.asked, t, states, slopes)
-            moved = grad_t.double().cpu() + sum(_inner(g, f) for g, f in zip(grad_states, slopes))
-        grads = grad_t, (-moved / speed).to(value), *grad_states
+            by_t = grad_t.double().cpu() + sum(
+                _products(g, f).sum().cpu() for g, f in zip(grad_states, slopes)
+            )
+            # A loss that leaves the event out may do so with an event that has no derivative.
+            by_value = -by_t / _speed(*ctx.asked, t, states, slopes) if by_t else by_t
+        grads = grad_t, by_value.to(value), *grad_states
         if torch.is_grad_enabled():
             grads = first_only(
                 grads,
@@ -133,7 +136,3 @@ def _products(gradient, slope):
     """Elementwise, in double precision; gradients of complex numbers are conjugate, as torch's are."""
     wide = torch.complex128 if slope.is_complex() else torch.float64
     return (gradient.to(wide).conj() * slope.to(wide)).real
-
-
-def _inner(gradient, slope):
-    return _products(gradient, slope).sum().cpu()

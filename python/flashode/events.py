@@ -182,7 +182,7 @@ def crossing(distance: Callable[[float], float], a, d_a, b, d_b, tol: float) -> 
     time, at one. The ITP method (Oliveira and Takahashi, *An enhancement of the bisection method
     average performance preserving minmax optimality*, ACM TOMS 47, 2020, algorithm 1): superlinear
     where ``distance`` is smooth, the midpoint where it is but a sign, and never more than one
-    evaluation behind bisection.
+    evaluation behind bisection, or two with rounding.
     """
     tol = max(tol, 2 * math.ulp(max(abs(a), abs(b))))
     if b - a <= tol:
