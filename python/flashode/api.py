@@ -11,13 +11,16 @@ from .arguments import initial_time, kind_of
 from .engines import ENGINES, choose
 from .errors import ArgumentError, ArgumentTypeError, Status
 from .events import Inquiry, events_of
+from .options import warn_of_idle_stops
 from .problem import Problem
+from .progress import require_progress, shown
 from .solution import Solution, finish
 
 
 def odeint(
-    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto"
-):
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
+    progress=False,
+):  # fmt: skip
     """Integrates ``dy/dt = func(t, y, *args)``, ``y(t[0]) = y0``, and returns ``y`` at every time in ``t``.
 
     Gradients flow through the solver's own operations (to ``y0``, ``t`` and everything that
@@ -37,6 +40,7 @@ def odeint(
             ``t``. ``t`` then holds the initial time and one later time that only gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
         engine: ``"auto"``, ``"native"`` or ``"reference"``.
+        progress: whether to show a progress bar (needs tqdm).
 
     Returns:
         Tensor of shape (T, *y0.shape), or a tuple of such; row 0 is ``y0``. With ``event_fn``,
@@ -54,13 +58,15 @@ def odeint(
         >>> round(y[-1].item(), 5)
         0.36788
     """
-    problem, solution = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, True)
+    problem, solution = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, True
+    )
     return _returned(event_fn, problem, solution)
 
 
 def solve(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
-    throw=True,
+    progress=False, throw=True,
 ) -> Solution:  # fmt: skip
     """`odeint` with the full result: times, values, status and statistics.
 
@@ -73,7 +79,9 @@ def solve(
         >>> solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0])).status.name
         'SUCCESS'
     """
-    problem, solution = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw)
+    problem, solution = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw
+    )
     if solution.status == Status.EVENT:
         solution.event_t, solution.ys = event_gradients.attach(
             problem, problem.events, solution.event_index, solution.event_t, solution.ys
@@ -82,10 +90,20 @@ def solve(
     return solution
 
 
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw):
+def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    if problem.adaptive and event_fn is None:
+        warn_of_idle_stops(options, problem.t)
+    return problem
+
+
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw):
+    require_progress(progress)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
-    return problem, finish(problem, ENGINES[name].solve(problem), name, throw)
+    with shown(problem, progress) as watched:
+        outcome = ENGINES[name].solve(watched)
+    return problem, finish(problem, outcome, name, throw)
 
 
 def _returned(event_fn, problem: Problem, solution: Solution):
@@ -98,7 +116,7 @@ def _returned(event_fn, problem: Problem, solution: Solution):
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
-    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto",
+    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto", progress=False,
 ):  # fmt: skip
     """`odeint` whose backward pass is a solve of its own, in place of a graph of every step.
 
@@ -129,6 +147,7 @@ def odeint_adjoint(
         checkpoints: most states that ``"checkpoint"`` holds at a time, at least 1; steps between
             them are solved again. None for all.
         args: tuple of further arguments of ``func``; Tensors anywhere in it get gradients.
+        progress: whether to show a progress bar, in the backward pass another one.
 
     Returns:
         As `odeint`.
@@ -148,12 +167,14 @@ def odeint_adjoint(
         raise ArgumentError(
             f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
         )
+    require_progress(progress)
     params = collect_params(func, adjoint_params, args)
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     spec = make_spec(
         problem, options, rtol, atol, method,
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,
+        progress,
     )  # fmt: skip
     return _returned(event_fn, problem, solve_with_adjoint(problem, spec, params, name))
 

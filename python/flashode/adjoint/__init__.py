@@ -14,6 +14,7 @@ from ..augmented import Path
 from ..engines import ENGINES
 from ..errors import ArgumentError
 from ..problem import Problem
+from ..progress import shown
 from ..solution import Solution, finish
 from . import backsolve, checkpoint
 from .apart import apart
@@ -49,7 +50,8 @@ def solve_with_adjoint(problem: Problem, spec: AdjointSpec, params: tuple, engin
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, spec, engine, recording, result, y0, t, grid, *params):
-        outcome = ENGINES[engine].solve(problem, recording)
+        with shown(problem, spec.progress) as watched:
+            outcome = ENGINES[engine].solve(watched, recording)
         solution = finish(problem, outcome, engine, throw=True)
         result.append(solution)
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
