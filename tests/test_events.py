@@ -321,11 +321,12 @@ def test_the_stages_that_dense_output_adds_are_evaluated_once():
 def test_watch_goes_by_elements():
     events = Event(height, direction=1), Event(height)
     watch = Watch(events, 0.0, [f64(1, -1, 0), f64(2)])
-    ask = [f64(-1, 1, 1), f64(2)]
-    assert watch.distances(0.1, ask).tolist() == [math.inf, -1, -1, 2]
-    watch.passed(0.1, [f64(-1, -1, -1), f64(2)])
-    assert watch.distances(0.2, ask).tolist() == [1, -1, -1, 2]
-    assert watch.distances(0.2, [f64(0, -1, 0), f64(2)]).tolist() == [0, 1, 0, 2]
+    assert watch.distances(f64(-1, 1, 1, 2)).tolist() == [math.inf, -1, -1, 2]
+    assert watch.passed(f64(-1, -1, 0, 2)) == 5e-324
+    assert watch.distances(f64(-1, 1, 1, 2)).tolist() == [1, -1, -1, 2]
+    assert watch.distances(f64(0, -1, 0, 2)).tolist() == [0, 1, 5e-324, 2]
+    assert watch.passed(f64(-1, -1, -1, 2)) == 1
+    assert watch.distances(f64(0, -1, 0, 2)).tolist() == [0, 1, 0, 2]
 
 
 # ---- a bouncing ball -----------------------------------------------------------------------

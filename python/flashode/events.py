@@ -134,35 +134,27 @@ def _checked(values) -> torch.Tensor:
 
 
 class Watch:
-    """Tells which events have fired from what `event_values` gives at points along a solve.
+    """Tells which events have fired, from what they return at one point of a solve after the other.
 
-    ``t`` is the caller's time of a point. Raises ArgumentError where a value is NaN, or where an event
-    function returns another number of them than at the start.
+    ``parts``, from `event_values`, are those of the start, at time ``t`` of the caller's clock.
     """
 
     def __init__(self, events: tuple[Event, ...], t: float, parts: list[torch.Tensor]):
         self.sizes = [len(part) for part in parts]
-        values = self._joined(t, parts)
+        values = self.values(t, parts)
         directions = torch.cat([values.new_full((n,), e.direction) for e, n in zip(events, self.sizes)])
         sign = torch.sign(values)
         self.side = torch.where(directions == 0, sign, -directions)  # the sign before the event
         self.beyond = (directions != 0) & (sign == directions)  # has yet to reach that side
         self.leaving = (directions != 0) & (sign == 0)  # is about to
+        self.all_near = not (self.beyond | self.leaving).any()
 
-    def distances(self, t: float, parts: list[torch.Tensor]) -> torch.Tensor:
-        """One number for every element that the event functions return: positive until it fires."""
-        signed = self.side * self._joined(t, parts)
-        signed = torch.where(self.leaving & (signed == 0), _BARELY, signed)
-        return torch.where(self.beyond, math.inf, signed)
-
-    def passed(self, t: float, parts: list[torch.Tensor]) -> float:
-        """Goes on from a point at which none has fired; the least distance from there on."""
-        near = self.side * self._joined(t, parts) > 0
-        self.beyond &= ~near
-        self.leaving &= ~near
-        return self.distances(t, parts).min().item()
-
-    def _joined(self, t: float, parts: list[torch.Tensor]) -> torch.Tensor:
+    def values(self, t: float, parts: list[torch.Tensor]) -> torch.Tensor:
+        """One number for every element, on the CPU. Raises ArgumentError where one is NaN, or where an
+        event function returns another number of them than at the start."""
+        values = torch.cat(parts).detach().cpu().double()
+        if [len(part) for part in parts] == self.sizes and not values.isnan().any():
+            return values
         for i, (part, size) in enumerate(zip(parts, self.sizes)):
             which = f": event {i}" if len(parts) > 1 else ""
             if len(part) != size:
@@ -172,7 +164,23 @@ class Watch:
                 )
             if part.isnan().any():
                 raise ArgumentError(f"event_fn{which} returned NaN at t={t!r}")
-        return torch.cat(parts).detach().cpu().double()
+
+    def distances(self, values: torch.Tensor) -> torch.Tensor:
+        """Positive for every element until it fires."""
+        signed = self.side * values
+        if self.all_near:
+            return signed
+        signed = torch.where(self.leaving & (signed == 0), _BARELY, signed)
+        return torch.where(self.beyond, math.inf, signed)
+
+    def passed(self, values: torch.Tensor) -> float:
+        """Goes on from a point at which none has fired; the least distance there."""
+        if not self.all_near:
+            near = self.side * values > 0
+            self.beyond &= ~near
+            self.leaving &= ~near
+            self.all_near = not (self.beyond | self.leaving).any()
+        return self.distances(values).min().item()
 
 
 def crossing(distance: Callable[[float], float], a, d_a, b, d_b, tol: float) -> float:

@@ -22,18 +22,19 @@ def solve_until_event(run) -> Outcome:
     with torch.no_grad():
         parts = run.event_values(run.t0, run.y0)
         watch = Watch(p.events, p.direction * run.t0, parts)
-        least, number = watch.distances(p.direction * run.t0, parts).min(0)
-    if least <= 0:
+        distance, number = watch.distances(_values(run, watch, run.t0, run.y0)).min(0)
+    if distance <= 0:
         return _fired(run, run.t0, number.item(), run.y0)
-    distance = least.item()
+    distance = distance.item()
     if run.t0 < p.end:
         run.start()
     while run.t0 < p.end:
         step = run.advance()
         bracket, distance = _examined(run, watch, step, distance)
         if bracket is not None:
+            step.k = run.extended(step)  # once, and with a graph
             t, number = _located(run, watch, step, bracket)
-            return _fired(run, t, number, _state_at(run, step, t))
+            return _fired(run, t, number, _states_at(run, step, [t])[0])
     run.event_t = p.end
     run.rows.append(run.y0)
     return run.outcome(Status.NO_EVENT)
@@ -45,50 +46,52 @@ def _fired(run, t: float, number: int, y) -> Outcome:
     return run.outcome(Status.EVENT)
 
 
+def _values(run, watch: Watch, t: float, y):
+    return watch.values(run.p.direction * t, run.event_values(t, y))
+
+
+def _states_at(run, step, times):
+    """y at forward times inside a step. They are held where the start moves, as torchdiffeq holds the
+    event's: its own gradient is for `event_gradients` to add."""
+    shifts = None if run.shifts is None else run.shifts[-1:]
+    return run.interpolate(step, times, shifts)
+
+
 @torch.no_grad()
 def _examined(run, watch: Watch, step, distance: float):
     """Whether an event fires in a step at whose start the nearest is at ``distance``.
 
-    Returns the first bracket of one, ``(a, distance at a, b, distance at b)``, or None; and the distance
-    at the end of the step.
+    Returns the first bracket of one, ``(a, distance at a, b)``, or None; and the least distance at the
+    last point that was passed.
     """
-    direction, a, times = run.p.direction, step.t0, [step.t1]
+    a, times, states = step.t0, [step.t1], [step.y1]
     # Where dense output takes further calls of func, the end of the step has to do.
     if not run.p.dense.extra_c:
-        times = [step.t0 + x * (step.t1 - step.t0) for x in _INNER] + times
-    for t in times:
-        y = step.y1 if t == step.t1 else _state_at(run, step, t)
-        parts = run.event_values(t, y)
-        there = watch.distances(direction * t, parts).min().item()
-        if there <= 0:
-            return (a, distance, t, there), distance
-        a, distance = t, watch.passed(direction * t, parts)
+        inner = [step.t0 + x * (step.t1 - step.t0) for x in _INNER]
+        times, states = inner + times, _states_at(run, step, inner) + states
+    for t, y in zip(times, states):
+        values = _values(run, watch, t, y)
+        if (watch.distances(values) <= 0).any():
+            return (a, distance, t), distance
+        a, distance = t, watch.passed(values)
     return None, distance
 
 
+@torch.no_grad()
 def _located(run, watch: Watch, step, bracket) -> tuple[float, int]:
-    """The time of the first event in a bracket, and the number of the event."""
+    """The time of the first event in a bracket, and its number."""
     p, number = run.p, None
-    step.k = run.extended(step)  # once, and with a graph
 
-    @torch.no_grad()
     def distance(t: float) -> float:
         nonlocal number
-        y = step.y1 if t == step.t1 else _state_at(run, step, t)
-        least, nearest = watch.distances(p.direction * t, run.event_values(t, y)).min(0)
+        y = step.y1 if t == step.t1 else _states_at(run, step, [t])[0]
+        least, nearest = watch.distances(_values(run, watch, t, y)).min(0)
         if least <= 0:
             number = nearest.item()
         return least.item()
 
-    # Half the time that torchdiffeq's bisection is off at most, which ends at the middle of a bracket.
-    atol = p.atol if isinstance(p.atol, float) else p.atol.min().item()
-    a, d_a, b, _ = bracket
-    t = crossing(distance, a, d_a, b, distance(b), 0.5 * atol)
+    # Half of atol: how far off torchdiffeq's bisection can be, which ends in the middle of a bracket.
+    tol = 0.5 * (p.atol if isinstance(p.atol, float) else p.atol.min().item())
+    a, distance_a, b = bracket
+    t = crossing(distance, a, distance_a, b, distance(b), tol)
     return t, number
-
-
-def _state_at(run, step, t: float):
-    """y at a forward time inside a step. The time is held where the start moves, as torchdiffeq holds
-    it: its own gradient is for `event_gradients` to add."""
-    shifts = None if run.shifts is None else run.shifts[-1:]
-    return run.interpolate(step, [t], shifts)[0]
