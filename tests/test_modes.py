@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import io
-import multiprocessing
 import pickle
 import shutil
 import sys
