@@ -74,8 +74,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("perturb", [False, True])
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method, perturb", [*((method, False) for method in FIXED), ("rk4", True)])
 def test_fixed_steps_compile_into_one_graph(compiled, net, y0, method, perturb):
     t = T.clone().requires_grad_()
 
@@ -91,7 +90,7 @@ def test_fixed_steps_compile_into_one_graph(compiled, net, y0, method, perturb):
     same(derivatives(ours, inputs), derivatives(theirs, inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128])
 def test_a_graph_takes_the_steps_of_the_reference_engine_in_every_dtype(compiled, dtype):
     """Tuples, times of another dtype that run backwards, and further arguments."""
 
@@ -105,7 +104,7 @@ def test_a_graph_takes_the_steps_of_the_reference_engine_in_every_dtype(compiled
     inputs = [x.requires_grad_() for x in arguments]
     ours, theirs = compiled(model, backend="eager")(*arguments), model(*arguments)
     assert all(map(torch.equal, ours, theirs))
-    close = dict(rtol=1e-10, atol=1e-10) if dtype in (F64, torch.complex128) else dict(rtol=0.05, atol=0.05)
+    close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.complex128 else dict(rtol=0.05, atol=0.05)
     same(derivatives(ours, inputs), derivatives(theirs, inputs), **close)
 
 
@@ -322,7 +321,7 @@ def test_threads_that_share_a_field_solve_as_one_does(engine, net, impatient):
         ys = run(net, y0, mode=mode, method=method, engine=engine)
         return ys, *derivatives(ys, [y0, *net.parameters()])
 
-    tasks = [functools.partial(solve, i) for i in range(32)]
+    tasks = [functools.partial(solve, i) for i in range(2 * len(SOLVES))]
     for ours, theirs in zip(at_once(tasks), [task() for task in tasks]):
         assert all(map(torch.equal, ours, theirs))
 
@@ -346,7 +345,7 @@ def test_one_graph_can_be_walked_by_several_threads(engine, net, y0):
         ys = run(net, y0, mode=mode, method=method, engine=engine)
         inputs = [y0, *net.parameters()]
         walk = functools.partial(torch.autograd.grad, ys.sum(), inputs, retain_graph=True)
-        for grads in at_once([walk] * 8):
+        for grads in at_once([walk] * 4, workers=4):
             same(grads, walk())
 
 
