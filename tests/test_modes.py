@@ -118,7 +118,7 @@ def test_one_graph_serves_all_times(compiled, net, y0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_field_is_not_called_outside_the_interval(compiled, dtype):
-    t = torch.tensor([0.1, 0.7, 1.3], dtype=F64)  # neither end is a float32
+    t = torch.tensor([0.7, 0.9, 1.1], dtype=F64)  # rounding takes both ends outside
     for times in (t, t.flip(0)):
         seen = []
 
@@ -131,7 +131,7 @@ def test_a_compiled_field_is_not_called_outside_the_interval(compiled, dtype):
             return torch.stack(seen)
 
         stages = compiled(model, backend="eager")(torch.ones(1, dtype=dtype), times).double()
-        assert len(stages) == 8 and stages.min() >= 0.1 and stages.max() <= 1.3
+        assert len(stages) == 8 and stages.min() >= 0.7 and stages.max() <= 1.1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
