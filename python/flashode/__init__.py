@@ -1,6 +1,7 @@
 """flashode: ordinary differential equations for PyTorch, a drop-in for torchdiffeq."""
 
-from .api import explain, odeint, odeint_adjoint, solve
+from .api import explain, odeint, odeint_adjoint, odeint_dense, solve
+from .dense import DenseOutput
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
 from .extension import build_config
 from .gradient_check import GradientReport, GradientRow, check_gradients
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "DenseOutput",
     "GradientReport",
     "GradientRow",
     "GradientWarning",
@@ -23,5 +25,6 @@ __all__ = [
     "explain",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
     "solve",
 ]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import transforms
 from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
+from .arguments import joined_times
+from .augmented import Path
+from .dense import DenseOutput, dense_output
 from .engines import ENGINES, choose
 from .errors import ArgumentError
 from .problem import Problem
+from .pytrees import Tree
 from .solution import Solution, finish
 
 
@@ -55,28 +61,80 @@ def odeint(
 
 def solve(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
-    throw=True,
+    throw=True, dense=False,
 ) -> Solution:  # fmt: skip
     """`odeint` with the full result: times, values, status and statistics.
 
-    ``throw=False`` returns a failed solve in place of raising its `SolveError`: ``status`` names
-    the reason and the rows that were not reached are NaN. Arguments as for `odeint`.
+    Arguments as for `odeint`, and:
+
+    Args:
+        y0: also any structure that `torch.utils._pytree` knows: dicts, lists, tuples, named tuples
+            and registered classes of Tensors, nested. ``func`` is given that structure and returns
+            it; ``event_fn``, callbacks and ``options["norm"]`` are given it; ``ys`` has it; ``rtol``
+            and ``atol`` may have it. A `SolveError` counts its Tensors in their order.
+        throw: False returns a failed solve in place of raising its `SolveError`: ``status`` names
+            the reason and the rows that were not reached are NaN.
+        dense: whether to keep every step, for ``Solution.sol``: the solution as a function of time,
+            a `DenseOutput`. Methods whose interpolant takes more evaluations (`dopri8`: 3,
+            ``interp="cubic"``: 1) then make them in every step.
 
     Example:
-        >>> solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0])).status.name
-        'SUCCESS'
+        >>> solution = solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), dense=True)
+        >>> solution.status.name, round(solution.sol(0.5).item(), 5)
+        ('SUCCESS', 0.60653)
     """
-    return _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw)[0]
+    tree = Tree.of(y0)
+    if tree is not None:
+        func, y0 = tree.field(func), tree.members(y0, "y0")
+        rtol, atol = tree.tolerance("rtol", rtol), tree.tolerance("atol", atol)
+        options, event_fn = tree.options(options), tree.reader(event_fn, place=1)
+    solution, _ = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw, dense)
+    if tree is not None:
+        solution.ys = tree.rebuild(solution.ys)
+        if dense:
+            solution.dense = replace(solution.dense, tree=tree)
+    return solution
 
 
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw):
+def odeint_dense(
+    func, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None, args=(), engine="auto"
+) -> DenseOutput:
+    """Integrates from ``t0`` to ``t1`` and returns the solution as a function of time.
+
+    Args:
+        t0, t1: numbers, or Tensors of one element, in either order; equal ones give a function
+            of that time alone. Gradients flow to them.
+        func, y0, rtol, atol, method, options, args, engine: as for `solve`.
+
+    Returns:
+        `DenseOutput`, called as ``sol(t)`` with numbers or Tensors of times.
+
+    Raises:
+        As `odeint`.
+
+    Example:
+        >>> sol = odeint_dense(lambda t, y: -y, torch.ones(1), 0.0, 1.0)
+        >>> sol(torch.tensor([[0.0, 0.5]])).shape
+        torch.Size([1, 2, 1])
+    """
+    t = joined_times(t0, t1)
+    return solve(
+        func, y0, t, rtol=rtol, atol=atol, method=method, options=options, args=args, engine=engine, dense=True
+    ).sol
+
+
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw, dense=False):
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
-    outcome = ENGINES[name].solve(problem)
+    path = Path() if dense else None
+    outcome = ENGINES[name].solve(problem, path)
     event_t = None
     if event_fn is not None:
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
-    return finish(problem, outcome, name, throw), event_t
+    solution = finish(problem, outcome, name, throw)
+    if dense:
+        solution.dense = dense_output(problem, path, outcome)
+    return solution, event_t
 
 
 def odeint_adjoint(

@@ -199,12 +199,14 @@ class Run:
         d2 = self.error_norm(scaled_error(wide(f1) - wide(f0), y0, y0, self.rtol, self.atol)) / h0
         return initial_step(h0, d1, d2, p.control.order)
 
+    def signed_length(self, dt, shift0, shift1):
+        """The length of a step on the caller's clock, with the gradients of its ends, if any."""
+        return self.p.direction * (dt if shift1 is None else dt + (shift1 - shift0))
+
     def rk_step(self, f0, t1, dt, shift1):
         """All stages from ``(t0, y0)`` to ``t1``; returns the slopes and the candidate ``y1``."""
         p, t0 = self.p, self.t0
-        signed_dt = p.direction * dt
-        if shift1 is not None:
-            signed_dt = signed_dt + p.direction * (shift1 - self.shift0)
+        signed_dt = self.signed_length(dt, self.shift0, shift1)
         fsal = p.method.tableau.fsal
         k, y1 = [f0], None
         for i in range(1, len(self.c)):
@@ -292,7 +294,7 @@ class Run:
         """Makes the candidate the state."""
         step = Step(self.t0, t1, dt, self.y0, self.y1, self.k, self.shift0, shift1)
         if self.recording is not None and self.recording.as_polynomials:
-            self.recording.add(self.t0, t1, self.polynomial(step))
+            self.recording.add(self.t0, t1, self.polynomial(step), self.shift0, shift1)
         elif self.recording is not None and self.recording.add(self.t0, t1, dt, kind):
             self.recording.hold(self.y0, self.k[0] if self.p.adaptive else None)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
@@ -323,10 +325,16 @@ class Run:
 
     def polynomial(self, step: Step):
         """y over the step: its value at the start, and the coefficients of x, x^2, ..."""
-        signed_dt = self.p.direction * step.dt
-        step.k = self.extended(step, signed_dt)  # nothing is recorded here: the outputs may use them too
-        coefficients = [weighted_sum(step.k, row) for row in (self.p.dense.matrix.T * signed_dt).tolist()]
-        return torch.stack([step.y0, *(c.to(step.y0.dtype) for c in coefficients)])
+        p, signed_dt = self.p, self.signed_length(step.dt, step.shift0, step.shift1)
+        step.k = self.extended(step, signed_dt)  # kept, because outputs in the step use them too
+        coef = p.dense.matrix.T * signed_dt
+        rows = coef.tolist() if step.shift0 is None else coef
+        coefficients = [weighted_sum(step.k, row).to(step.y0.dtype) for row in rows]
+        # The extra stages were not seen by the error test.
+        if p.dense.extra_c and self.is_seen_nonfinite(torch.stack(coefficients)):
+            self.k = step.k
+            raise StepFailure(Status.NONFINITE_FIELD)
+        return torch.stack([step.y0, *coefficients])
 
     def is_seen_nonfinite(self, y):
         """Whether ``y`` is not finite, where that can be seen: a fixed-step solve on a GPU never waits
@@ -337,13 +345,10 @@ class Run:
         """The solution at forward ``times`` inside a step, one row each."""
         p, dense = self.p, self.p.dense
         times = torch.tensor(times, dtype=torch.float64)
-        dt = step.dt
-        x, signed_dt = (times - step.t0) / (step.t1 - step.t0), p.direction * dt
+        x, signed_dt = (times - step.t0) / (step.t1 - step.t0), self.signed_length(step.dt, step.shift0, step.shift1)
         if step.shift0 is not None:
             # The same quotient, with the gradients of the three times in it.
-            stretch = step.shift1 - step.shift0
-            x = x + (shifts - step.shift0 - x * stretch) / dt
-            signed_dt = signed_dt + p.direction * stretch
+            x = x + (shifts - step.shift0 - x * (step.shift1 - step.shift0)) / step.dt
         k = self.extended(step, signed_dt)
         coef = weights_at(dense, x) * signed_dt
         rows = [combine(step.y0, k, row.tolist() if step.shift0 is None else row) for row in coef]
