@@ -119,7 +119,16 @@ def odeint_dense(
     """
     t = joined_times(t0, t1)
     return solve(
-        func, y0, t, rtol=rtol, atol=atol, method=method, options=options, args=args, engine=engine, dense=True
+        func,
+        y0,
+        t,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options,
+        args=args,
+        engine=engine,
+        dense=True,
     ).sol
 
 

@@ -76,7 +76,9 @@ class DenseOutput:
         """
         t = _as_times(t)
         if self.t0 == self.t1:
-            raise ArgumentError(f"the solve made no step from t={self.t0!r}: nothing is known of the slope there")
+            raise ArgumentError(
+                f"the solve made no step from t={self.t0!r}: nothing is known of the slope there"
+            )
         step, x, length = self._place(t)
         powers = self._powers(x)
         by_x = [torch.zeros_like(x), *((i + 1) * power for i, power in enumerate(powers[:-1]))]
@@ -135,7 +137,7 @@ class DenseOutput:
         for w, coefficient in zip(weights, like.unbind(1)):
             w = w.to(wide.to_real()).to(like.device).reshape(-1, *[1] * (coefficient.ndim - 1))
             y = y + w * coefficient.index_select(0, step).to(wide)
-        y = y.to(like.dtype).reshape(*shape, *like.shape[2:])
+        y = y.to(like.dtype).reshape((*shape, *like.shape[2:]))
         if self.shapes is None:
             return y
         members = members_of(y, self.offsets, self.shapes, self.dtypes, batch=len(shape))
