@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_structure
 
 from .arguments import CALLBACKS, kind_of
 from .errors import ArgumentError, ArgumentTypeError
@@ -42,6 +42,10 @@ class Tree:
             if not isinstance(member, torch.Tensor):
                 raise ArgumentTypeError(f"y0{name} must be a Tensor, got {kind_of(member)}")
         return Tree(spec, names, [member.shape for member in members])
+
+    def __reduce__(self):
+        """For copies and pickles: as an example, because torch's specifications warn when they are copied."""
+        return _tree_like, (self.rebuild(self.names), self.names, self.shapes)
 
     def rebuild(self, members):
         """The caller's structure around ``members``."""
@@ -80,6 +84,10 @@ class Tree:
         return {**options, "norm": self.reader(options["norm"])}
 
 
+def _tree_like(example, names, shapes) -> Tree:
+    return Tree(tree_structure(example), names, shapes)
+
+
 class _Field:
     """``func`` for tuple states."""
 
@@ -94,7 +102,8 @@ class _Field:
         members = tree.members(self.func(t, tree.rebuild(y), *args), "what func returned")
         for name, shape, member in zip(tree.names, tree.shapes, members):
             if not isinstance(member, torch.Tensor) or member.shape != shape:
-                raise ArgumentTypeError(
+                refusal = ArgumentError if isinstance(member, torch.Tensor) else ArgumentTypeError
+                raise refusal(
                     f"what func returned has {kind_of(member)} at {name}, expected a Tensor of shape "
                     f"{tuple(shape)} like y0{name}; slopes are never broadcast"
                 )

@@ -343,12 +343,9 @@ class Run:
 
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
-        p, dense = self.p, self.p.dense
-        times = torch.tensor(times, dtype=torch.float64)
-        x, signed_dt = (
-            (times - step.t0) / (step.t1 - step.t0),
-            self.signed_length(step.dt, step.shift0, step.shift1),
-        )
+        dense, times = self.p.dense, torch.tensor(times, dtype=torch.float64)
+        x = (times - step.t0) / (step.t1 - step.t0)
+        signed_dt = self.signed_length(step.dt, step.shift0, step.shift1)
         if step.shift0 is not None:
             # The same quotient, with the gradients of the three times in it.
             x = x + (shifts - step.shift0 - x * (step.shift1 - step.shift0)) / step.dt
