@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_structure
 
-from .arguments import CALLBACKS, kind_of
+from .arguments import CALLBACKS, kind_of, real_number
 from .errors import ArgumentError, ArgumentTypeError
 
 
@@ -56,7 +56,7 @@ class Tree:
         try:
             return tuple(self.spec.flatten_up_to(value))
         except ValueError:
-            difference = _difference(self.rebuild(self.names), value, source)
+            difference = _difference(self.rebuild(self.names), value, source) or "it was made with other data"
         raise ArgumentTypeError(f"{source} must have the structure of y0: {difference}")
 
     def field(self, func):
@@ -75,7 +75,8 @@ class Tree:
 
     def tolerance(self, name: str, value):
         """One for all, or the tuple of those in a structure like y0's."""
-        return value if isinstance(value, (int, float, torch.Tensor)) else self.members(value, name)
+        one = isinstance(value, torch.Tensor) or real_number(value) is not None
+        return value if one else self.members(value, name)
 
     def options(self, options):
         """With a norm for tuple states."""
@@ -120,16 +121,16 @@ def _named(value, **only) -> list:
 
 def _difference(expected, value, place: str) -> str | None:
     """The first place where a value is not like an example, in words; None where they are alike."""
-    theirs, ours = (dict(_named(x, is_leaf=lambda part, x=x: part is not x)) for x in (expected, value))
-    if list(theirs) == [""]:  # a leaf
+    wanted, given = (dict(_named(x, is_leaf=lambda part, x=x: part is not x)) for x in (expected, value))
+    if list(wanted) == [""]:  # a leaf
         return None
     if type(value) is not type(expected) and not (isinstance(value, dict) and isinstance(expected, dict)):
         return f"{place} is {kind_of(value)}, expected a {type(expected).__name__}"
-    for name in theirs:
-        if name not in ours:
+    for name in wanted:
+        if name not in given:
             return f"{place}{name} is missing"
-    for name in ours:
-        if name not in theirs:
+    for name in given:
+        if name not in wanted:
             return f"{place}{name} is not in y0"
-    found = (_difference(theirs[name], ours[name], place + name) for name in theirs)
-    return next(filter(None, found), None) or f"{place} differs"
+    found = (_difference(wanted[name], given[name], place + name) for name in wanted)
+    return next(filter(None, found), None)
