@@ -123,6 +123,23 @@ def test_numbers_and_other_dtypes_of_time(engine):
         assert torch.equal(sol(one), sol(torch.tensor(1.0, dtype=F64)))
 
 
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4"])
+@pytest.mark.parametrize("times_on", ["cpu", "the state's"])
+def test_times_may_be_on_another_device_than_the_state(method, times_on, engine, device):
+    y0 = torch.rand(33, dtype=F64, device=device, requires_grad=True)
+    times_on = "cpu" if times_on == "cpu" else device
+    options = steps_of(method, interp="cubic")
+    sol = flashode.odeint_dense(growth, y0, 0.0, 2.0, method=method, options=options, engine=engine)
+    t = torch.tensor([[0.0, 1.5], [2.0, 0.3]], dtype=F64, device=times_on, requires_grad=True)
+    y = sol(t)
+    assert y.device == sol.derivative(t).device == y0.device
+    torch.testing.assert_close(y, growth_solution(t).to(device)[..., None] * y0, rtol=1e-4, atol=1e-4)
+    g_t, g_y = torch.autograd.grad(y.sum(), (t, y0))
+    assert g_t.device == t.device and g_y.device == y0.device
+    torch.testing.assert_close(g_t.to(device), sol.derivative(t).sum(-1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(g_y, growth_solution(t).sum().to(device).expand(33), rtol=1e-4, atol=1e-4)
+
+
 @BACKWARD
 def test_times_outside_are_refused(backward, engine):
     ends = (2.0, 0.25) if backward else (0.25, 2.0)

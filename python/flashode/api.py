@@ -13,13 +13,15 @@ from .dense import DenseOutput, dense_output
 from .engines import ENGINES, choose
 from .errors import ArgumentError
 from .problem import Problem
+from .progress import require_progress, shown
 from .pytrees import Tree
 from .solution import Solution, finish
 
 
 def odeint(
-    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto"
-):
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
+    progress=False,
+):  # fmt: skip
     """Integrates ``dy/dt = func(t, y, *args)``, ``y(t[0]) = y0``, and returns ``y`` at every time in ``t``.
 
     Gradients flow through the solver's own operations (to ``y0``, ``t`` and everything that
@@ -39,6 +41,7 @@ def odeint(
             gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
         engine: ``"auto"``, ``"native"`` or ``"reference"``.
+        progress: whether to show a progress bar (needs tqdm).
 
     Returns:
         Tensor of shape (T, *y0.shape), or a tuple of such; row 0 is ``y0``. With ``event_fn``,
@@ -55,13 +58,15 @@ def odeint(
         >>> round(y[-1].item(), 5)
         0.36788
     """
-    solution, event_t = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, True)
+    solution, event_t = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, True
+    )
     return solution.ys if event_fn is None else (event_t, solution.ys)
 
 
 def solve(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
-    throw=True, dense=False,
+    progress=False, throw=True, dense=False,
 ) -> Solution:  # fmt: skip
     """`odeint` with the full result: times, values, status and statistics.
 
@@ -88,7 +93,9 @@ def solve(
         func, y0 = tree.field(func), tree.members(y0, "y0")
         rtol, atol = tree.tolerance("rtol", rtol), tree.tolerance("atol", atol)
         options, event_fn = tree.options(options), tree.reader(event_fn, place=1)
-    solution, _ = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw, dense)
+    solution, _ = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense
+    )
     if tree is not None:
         solution.ys = tree.rebuild(solution.ys)
         if dense:
@@ -97,14 +104,15 @@ def solve(
 
 
 def odeint_dense(
-    func, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None, args=(), engine="auto"
-) -> DenseOutput:
+    func, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None, args=(), engine="auto",
+    progress=False,
+) -> DenseOutput:  # fmt: skip
     """Integrates from ``t0`` to ``t1`` and returns the solution as a function of time.
 
     Args:
         t0, t1: numbers, or Tensors of one element, in either order; equal ones give a function
             of that time alone. Gradients flow to them.
-        func, y0, rtol, atol, method, options, args, engine: as for `solve`.
+        func, y0, rtol, atol, method, options, args, engine, progress: as for `solve`.
 
     Returns:
         `DenseOutput`, called as ``sol(t)`` with numbers or Tensors of times.
@@ -117,26 +125,19 @@ def odeint_dense(
         >>> sol(torch.tensor([[0.0, 0.5]])).shape
         torch.Size([1, 2, 1])
     """
-    t = joined_times(t0, t1)
     return solve(
-        func,
-        y0,
-        t,
-        rtol=rtol,
-        atol=atol,
-        method=method,
-        options=options,
-        args=args,
-        engine=engine,
-        dense=True,
-    ).sol
+        func, y0, joined_times(t0, t1), rtol=rtol, atol=atol, method=method, options=options, args=args,
+        engine=engine, progress=progress, dense=True,
+    ).sol  # fmt: skip
 
 
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw, dense=False):
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense=False):
+    require_progress(progress)
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     path = Path() if dense else None
-    outcome = ENGINES[name].solve(problem, path)
+    with shown(problem, progress) as watched:
+        outcome = ENGINES[name].solve(watched, path)
     event_t = None
     if event_fn is not None:
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
@@ -149,7 +150,7 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, thr
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
-    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto",
+    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto", progress=False,
 ):  # fmt: skip
     """`odeint` whose backward pass is a solve of its own, in place of a graph of every step.
 
@@ -180,6 +181,7 @@ def odeint_adjoint(
         checkpoints: most states that ``"checkpoint"`` holds at a time, at least 1; steps between
             them are solved again. None for all.
         args: tuple of further arguments of ``func``; Tensors anywhere in it get gradients.
+        progress: whether to show a progress bar, in the backward pass another one.
 
     Returns:
         As `odeint`. With ``event_fn`` the event's time carries no gradient.
@@ -199,12 +201,14 @@ def odeint_adjoint(
         raise ArgumentError(
             f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
         )
+    require_progress(progress)
     params = collect_params(func, adjoint_params, args)
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     spec = make_spec(
         problem, options, rtol, atol, method,
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,
+        progress,
     )  # fmt: skip
     solution, event_t = solve_with_adjoint(problem, spec, params, name)
     return solution.ys if event_fn is None else (event_t, solution.ys)

@@ -152,14 +152,12 @@ def dense_output(problem: Problem, path: Path, outcome: Outcome) -> DenseOutput:
         begins, lengths = torch.tensor([[begin], [1.0]], dtype=torch.float64)
     else:
         begins, lengths = _clock(path)
-        y1 = None
-        if not math.isnan(outcome.event_t):
+        if not outcome.status.ok:
+            end = path.ends[-1]
+        elif not math.isnan(outcome.event_t):
             end = outcome.event_t
-        elif path.ends[-1] == end:
-            y1 = outcome.ys[-1]
-        else:
-            end = min(end, path.ends[-1])
-        polynomials.append(_continued(polynomials[-1], y1))
+        is_last = outcome.status.ok and path.ends[-1] == end
+        polynomials.append(_continued(polynomials[-1], outcome.ys[-1] if is_last else None))
     return DenseOutput(
         t0=problem.direction * begin,
         t1=problem.direction * end,

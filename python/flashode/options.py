@@ -67,6 +67,7 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         dfactor=_number(options, "dfactor", 0.2, high=1, strict=True),
         min_step=_number(options, "min_step", 0.0),
         max_step=_number(options, "max_step", math.inf, strict=True, finite=False),
+        betas=_betas(options),
     )
     if control.min_step > control.max_step:
         raise ArgumentError(
@@ -93,6 +94,30 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         "norm": norm,
         "stops": _stops(options, begin, direction),
     }
+
+
+# Söderlind's PI.4.2 (ACM TOMS 29, 2003, table III), and the PID controller of Kennedy and Carpenter (Appl. Numer.
+# Math. 44, 2003), as their proportional, integral and derivative parts.
+_CONTROLLERS = {"i": (0.0, 1.0, 0.0), "pi": (0.2, 0.4, 0.0), "pid": (0.14, 0.25, 0.1)}
+
+
+def _betas(options) -> tuple[float, float, float]:
+    """Exponents of the error ratios of a step and the two before it."""
+    name = options.get("controller", "i")
+    if not isinstance(name, str) or name not in _CONTROLLERS:
+        raise ArgumentError(
+            f"options['controller'] must be one of {list(_CONTROLLERS)}, got {kind_of(name)}.{nearest(name, _CONTROLLERS)}"
+        )
+    p, i, d = (
+        _number(options, key, default, low=-math.inf)
+        for key, default in zip(("pcoeff", "icoeff", "dcoeff"), _CONTROLLERS[name])
+    )
+    if p + i + d <= 0 or i <= 0:
+        raise ArgumentError(
+            f"options: pcoeff={p}, icoeff={i}, dcoeff={d} do not control the step; icoeff and the sum of the "
+            "three must be positive"
+        )
+    return p + i + d, -p - 2 * d, d
 
 
 def _stops(options, begin, direction):

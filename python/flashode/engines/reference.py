@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import require_dense
-from ..control import accept, clamp_step, first_guess, initial_step, next_step
+from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
 from ..errors import ArgumentError, ArgumentTypeError, Status
 from ..events import bisect_event, combine_events
 from ..interp import weights_at
@@ -142,6 +142,7 @@ class Run:
         self.recording, self.replaying = None, False
         self.nfe = self.accepted = self.rejected = 0
         self.trials = 0  # steps tried since the last output
+        self.past = (1.0, 1.0)  # error ratios of the last two accepted steps
         self.next_stop = 0
         self.accepted_times: list[float] = []
         # Where the solve stands.
@@ -199,14 +200,12 @@ class Run:
         d2 = self.error_norm(scaled_error(wide(f1) - wide(f0), y0, y0, self.rtol, self.atol)) / h0
         return initial_step(h0, d1, d2, p.control.order)
 
-    def signed_length(self, dt, shift0, shift1):
-        """The length of a step on the caller's clock, with the gradients of its ends, if any."""
-        return self.p.direction * (dt if shift1 is None else dt + (shift1 - shift0))
-
     def rk_step(self, f0, t1, dt, shift1):
         """All stages from ``(t0, y0)`` to ``t1``; returns the slopes and the candidate ``y1``."""
         p, t0 = self.p, self.t0
-        signed_dt = self.signed_length(dt, self.shift0, shift1)
+        signed_dt = p.direction * dt
+        if shift1 is not None:
+            signed_dt = signed_dt + p.direction * (shift1 - self.shift0)
         fsal = p.method.tableau.fsal
         k, y1 = [f0], None
         for i in range(1, len(self.c)):
@@ -265,8 +264,9 @@ class Run:
             error = weighted_sum(k, [p.direction * dt * e_j for e_j in self.b_err]).detach()
             ratio = scaled_error(error, self.y0.detach(), y1.detach(), self.rtol, self.atol)
             self.error_ratio = self.error_norm(ratio)
-            self.dt = next_step(self.error_ratio, dt, p.control)
+            self.dt = next_step(self.error_ratio, dt, p.control, self.past)
             if accept(self.error_ratio, dt, p.control):
+                self.past = remember(self.error_ratio, p.control, self.past)
                 p.report(on_accept, self.t0, self.y0, dt)
                 step = self.commit(t1, dt, shift1, kind)
                 self.f0 = self.handed_on(kind)
@@ -309,9 +309,16 @@ class Run:
             self.call(self.t0, self.y0.clone(), self.shift0, nudge=1) if kind == Landing.JUMP else self.k[-1]
         )
 
-    def extended(self, step: Step, signed_dt):
+    def signed_dt(self, step: Step):
+        """The length of the step on the caller's clock, with the gradient of its ends."""
+        direction = self.p.direction
+        if step.shift0 is None:
+            return direction * step.dt
+        return direction * step.dt + direction * (step.shift1 - step.shift0)
+
+    def extended(self, step: Step):
         """The slopes of the step with those of the stages that dense output adds."""
-        dense, k = self.p.dense, list(step.k)
+        dense, k, signed_dt = self.p.dense, list(step.k), self.signed_dt(step)
         if len(k) == len(dense.weights):
             return k
         for c_i, a_i in zip(dense.extra_c, dense.extra_a):
@@ -325,9 +332,9 @@ class Run:
 
     def polynomial(self, step: Step):
         """y over the step: its value at the start, and the coefficients of x, x^2, ..."""
-        p, signed_dt = self.p, self.signed_length(step.dt, step.shift0, step.shift1)
-        step.k = self.extended(step, signed_dt)  # kept, because outputs in the step use them too
-        coef = p.dense.matrix.T * signed_dt
+        p = self.p
+        step.k = self.extended(step)  # kept, because outputs in the step use them too
+        coef = p.dense.matrix.T * self.signed_dt(step)
         rows = coef.tolist() if step.shift0 is None else coef
         coefficients = [weighted_sum(step.k, row).to(step.y0.dtype) for row in rows]
         # The extra stages were not seen by the error test.
@@ -343,14 +350,14 @@ class Run:
 
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
-        dense, times = self.p.dense, torch.tensor(times, dtype=torch.float64)
+        dense, dt = self.p.dense, step.dt
+        times = torch.tensor(times, dtype=torch.float64)
         x = (times - step.t0) / (step.t1 - step.t0)
-        signed_dt = self.signed_length(step.dt, step.shift0, step.shift1)
         if step.shift0 is not None:
             # The same quotient, with the gradients of the three times in it.
-            x = x + (shifts - step.shift0 - x * (step.shift1 - step.shift0)) / step.dt
-        k = self.extended(step, signed_dt)
-        coef = weights_at(dense, x) * signed_dt
+            x = x + (shifts - step.shift0 - x * (step.shift1 - step.shift0)) / dt
+        k = self.extended(step)
+        coef = weights_at(dense, x) * self.signed_dt(step)
         rows = [combine(step.y0, k, row.tolist() if step.shift0 is None else row) for row in coef]
         # The extra stages were not seen by the error test.
         if not self.replaying and self.is_seen_nonfinite(torch.stack(rows)):
