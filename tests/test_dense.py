@@ -1,9 +1,11 @@
 """The solution as a function of time: its values, slopes and gradients; copies of it and of a Solution."""
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -456,9 +458,6 @@ def test_forward_mode():
 
 
 def test_one_step_after_another_without_reference_cycles(engine):
-    import gc
-    import weakref
-
     gc.collect()
     gc.disable()
     try:

@@ -3,7 +3,9 @@
 import collections
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -208,6 +210,13 @@ def test_what_y0_cannot_hold(engine):
     for value in (1.0, None, "a", object()):
         with pytest.raises(flashode.ArgumentTypeError, match=r"y0\['a'\]\[1\] must be a Tensor, got"):
             flashode.solve(lambda t, y: y, {"a": [A, value]}, T, engine=engine)
+    with pytest.raises(flashode.ArgumentTypeError, match=r"y0\[1\] must be a Tensor, got None"):
+        flashode.solve(lambda t, y: y, (A, None), T, engine=engine)
+    for value in (1.0, None, "a", object(), torch.nn.Linear(1, 1)):
+        with pytest.raises(flashode.ArgumentTypeError, match="y0 must be either a torch.Tensor or a tuple"):
+            flashode.solve(lambda t, y: y, value, T, engine=engine)
+    with pytest.raises(flashode.ArgumentError, match="y0 is an empty tuple"):
+        flashode.solve(lambda t, y: y, (), T, engine=engine)
     with pytest.raises(flashode.ArgumentTypeError, match="func must be callable"):
         flashode.solve(None, {"a": A}, T, engine=engine)
 
@@ -279,6 +288,20 @@ def test_failures(engine):
     assert caught.value.index == (1, 1)
     solution = flashode.solve(func, y0, T, throw=False, dense=True, engine=engine)
     assert solution.ys["a"][1:].isnan().all() and torch.equal(solution.sol(0.0)["b"], y0["b"])
+
+
+def test_no_tensor_waits_for_the_garbage_collector(engine):
+    gc.collect()
+    gc.disable()
+    try:
+        y0 = {"a": A.clone().requires_grad_(), "b": B}
+        sol = flashode.odeint_dense(lambda t, y: {"a": -y["a"], "b": -y["b"]}, y0, 0.0, 1.0, engine=engine)
+        sol(0.3)["a"].sum().backward()
+        ghosts = weakref.ref(sol), weakref.ref(y0["a"]), weakref.ref(y0["a"].grad)
+        del sol, y0
+        assert [ghost() for ghost in ghosts] == [None] * 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

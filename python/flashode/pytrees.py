@@ -28,12 +28,18 @@ class Tree:
 
     @staticmethod
     def of(y0) -> Tree | None:
-        """The structure of a state; None for a Tensor and for a tuple of Tensors, which need none.
+        """The structure of a state; None for a Tensor and for a tuple of Tensors, which need none, and for
+        what is no structure at all.
 
         Raises ArgumentError where there is no Tensor, ArgumentTypeError for anything else in one's place.
         """
+        # No structure is looked for in these: torch's functions leave a reference cycle at every call.
+        if isinstance(y0, torch.Tensor) or (
+            type(y0) is tuple and all(isinstance(x, torch.Tensor) for x in y0)
+        ):
+            return None
         members, spec = tree_flatten(y0)
-        if spec.is_leaf() or (type(y0) is tuple and len(members) == len(y0) == spec.num_nodes - 1):
+        if spec.is_leaf():
             return None
         if not members:
             raise ArgumentError(f"y0 is an empty {type(y0).__name__}; give at least one Tensor")
