@@ -263,7 +263,8 @@ Decision Run::error_norm(const at::Tensor& y0, const at::Tensor& y1, const Terms
     return decide(p_.attr("norm_value")(wrap(scaled)).cast<double>(), dt, control_);
   }
   std::optional<py::gil_scoped_release> release;
-  if (y0.numel() >= kReleaseGil) release.emplace();
+  // The one wait for a GPU: others may be needed to end it, as where they share a stream.
+  if (y0.numel() >= kReleaseGil || !y0.is_cpu()) release.emplace();
   return norm_.decide(y0, y1, k, coef, tol_, dt, control_);
 }
 
