@@ -13,7 +13,7 @@ PACKAGE = ROOT / "python/flashode"
 LAYERS = [
     ["errors", "tableau", "control", "events", "extension"],
     ["interp", "transforms", "methods/options"],
-    ["methods/explicit"],
+    ["methods/explicit", "methods/adams"],
     ["methods/__init__"],
     ["arguments"],
     ["options"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["augmented"],
     ["solution"],
     ["engines/reference", "engines/native"],
-    ["engines/reference_sweep"],
+    ["engines/reference_sweep", "engines/adams"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
     ["adjoint/reached"],

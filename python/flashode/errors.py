@@ -11,6 +11,7 @@ class Status(enum.IntEnum):
 
     NONFINITE_ERROR: the error relative to the tolerance is not finite although the state and its
     slopes are, as where ``atol`` is 0 and the state vanishes.
+    NONCONVERGENCE: the equations of an implicit step were not solved.
     """
 
     SUCCESS = 0
@@ -20,6 +21,7 @@ class Status(enum.IntEnum):
     NONFINITE_STATE = 4
     EVENT = 5
     NONFINITE_ERROR = 6
+    NONCONVERGENCE = 7
 
     @property
     def ok(self) -> bool:

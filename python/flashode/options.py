@@ -11,6 +11,7 @@ from .arguments import forward_times, kind_of, nearest, real_number
 from .control import Controller
 from .errors import ArgumentError, ArgumentTypeError
 from .methods import Method
+from .methods.adams import LEAST_SLOPES, MAX_ORDER
 
 # torchdiffeq's default of 2**31 - 1 lets a stiff problem run for days; this is an order of
 # magnitude beyond what any DETEST problem takes at tolerance 1e-12.
@@ -50,6 +51,13 @@ def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, fin
     if finite and math.isinf(number):
         raise ArgumentError(f"options[{name!r}] must be finite, got {number}")
     return number
+
+
+def _whole(options, name, default, low, high) -> int:
+    number = _number(options, name, default, low=low, high=high)
+    if number != int(number):
+        raise ArgumentError(f"options[{name!r}] must be a whole number, got {number}")
+    return int(number)
 
 
 def flag(options, name, argument="options") -> bool:
@@ -147,7 +155,15 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
         "grid": grid,
         "steps_on_times": grid is clock,
         "perturb": flag(options, "perturb"),
+        **(_adams_fields(options) if method.family == "adams" else {}),
     }
+
+
+def _adams_fields(options) -> dict:
+    max_order = _whole(options, "max_order", MAX_ORDER, 1, MAX_ORDER)
+    if max_order <= LEAST_SLOPES:
+        warnings.warn(f"max_order is below {LEAST_SLOPES + 1}, so the solver reduces to `rk4`.")
+    return {"max_order": max_order, "max_iters": _whole(options, "max_iters", 4, 1, MAX_NUM_STEPS)}
 
 
 def even_grid(clock, times, step_size):

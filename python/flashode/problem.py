@@ -41,6 +41,7 @@ class Problem:
             root mean square over the members.
         stops: ``(time, is_jump)`` that steps must end on, ascending.
         max_num_steps: trial steps allowed between two output times.
+        max_order, max_iters: of Adams methods.
         callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
         counted: members that the default norm covers, from the first; None for all.
         args: what ``func`` is called with after ``(t, y)``.
@@ -66,6 +67,8 @@ class Problem:
     grid: torch.Tensor | None = None
     steps_on_times: bool = False
     perturb: bool = False
+    max_order: int = 0
+    max_iters: int = 0
     callbacks: tuple[Callable | None, ...] = (None, None, None)
     event_fn: Callable | None = None
     counted: int | None = None
@@ -206,7 +209,7 @@ class Problem:
                     f"t is not on the same device as y0 ({t.device}, {y0.device}). Coercing to y0.device."
                 )
         arguments.require_finite(y0, shapes, chosen)
-        if not chosen.adaptive and event_fn is None:
+        if not chosen.adaptive and not chosen.corrects and event_fn is None:
             rtol = atol = 0.0  # ignored, whatever they are
         sizes = None if shapes is None else [s.numel() for s in shapes]
         rtol, atol = (arguments.tolerance(n, v, y0, sizes) for n, v in (("rtol", rtol), ("atol", atol)))

@@ -147,6 +147,11 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
             "raise options={'max_num_steps': ...}; if the steps are far smaller than the solution "
             "looks, the problem is stiff and an explicit method cannot do better",
         ),
+        Status.NONCONVERGENCE: (
+            f"the equations of the step from t={t!r} to t={t + dt!r} were not solved: the last correction is "
+            f"{outcome.error_ratio:.3g} tolerances",
+            "take a smaller step_size, or an implicit method made for stiff problems",
+        ),
     }[reason]
     counts = (
         f"{outcome.accepted} steps accepted, {outcome.rejected} rejected, "
@@ -190,7 +195,7 @@ def _cause(problem, outcome: Outcome):
     for reason, x in suspects:
         if not torch.isfinite(x).all():
             return (status if status == Status.MAX_STEPS else reason), x
-    if status == Status.MAX_STEPS:
+    if status in (Status.MAX_STEPS, Status.NONCONVERGENCE):
         return status, None
     if not problem.adaptive or math.isfinite(outcome.error_ratio):
         return Status.NONFINITE_STATE, None  # an output between steps

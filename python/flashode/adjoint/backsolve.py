@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from ..arguments import method_named
 from ..augmented import Augmented, Gradients
 from ..engines import SWEEPS
 from ..errors import GradientWarning
@@ -68,11 +69,13 @@ def _moved(record: Record, grad_ys):
 
 def _only_restart_serves(record: Record) -> bool:
     """What is defined interval by interval: torchdiffeq's own steps, a grid of the caller's for
-    each interval, tolerances for parts of the augmented state."""
+    each interval, tolerances for parts of the augmented state; and methods that the sweep, which
+    transposes Runge-Kutta steps, has no steps of."""
     spec, shapes = record.spec, record.problem.shapes
     members = 1 if shapes is None else len(shapes)
     return (
-        bool(spec.options.get("overshoot"))
+        method_named(spec.method).family in ("adams", "scipy")
+        or bool(spec.options.get("overshoot"))
         or spec.options.get("grid_constructor") is not None
         or any(isinstance(tol, (tuple, list)) and len(tol) != members for tol in (spec.rtol, spec.atol))
     )

@@ -91,6 +91,11 @@ def make_spec(
             f"adjoint='interpolated' needs a forward method with step-size control, whose dense output is of its "
             f"order; method={problem.method.name!r} has none: use adjoint='checkpoint'"
         )
+    if mode == "checkpoint" and problem.method.family == "adams":
+        raise ArgumentError(
+            f"adjoint='checkpoint' replays steps one by one, and a step of method={problem.method.name!r} depends on "
+            "those before it: use odeint for the exact gradients, or adjoint='backsolve'"
+        )
     refused = [name for name in ("restart", "grid_constructor") if options.get(name)]
     if mode == "interpolated" and refused:
         raise ArgumentError(

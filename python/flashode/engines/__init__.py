@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..errors import ArgumentError
 from ..problem import Problem
-from . import native, reference, reference_sweep
+from . import adams, native, reference, reference_sweep  # adams: adds its steps to reference
 
 ENGINES = {"native": native, "reference": reference}
 SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from ..interp import Dense, hermite, linear, quadratic, quartic
 from ..tableau import Tableau
+from . import adams
 from . import explicit as e
 from .options import OPTIONS
 
@@ -18,7 +19,9 @@ class Method:
     ``order`` is that of the propagated solution, and the one step-size control uses. ``dense``
     is the continuous extension used between step ends. ``dense_overshoot`` replaces it where
     calls of ``func`` must be counted as torchdiffeq counts them. ``family`` says what takes a step:
-    ``"explicit"`` Runge-Kutta methods evaluate their stages one after the other.
+    ``"explicit"`` Runge-Kutta methods evaluate their stages one after the other; ``"adams"`` methods
+    use the slopes of the steps before, and their table is that of the first steps; ``"scipy"`` is solved
+    by SciPy. ``corrects`` tells the implicit Adams methods, which solve for the slope at the step's end.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Method:
     dense_overshoot: Dense | None = None
     source: str = ""
     family: str = "explicit"
+    corrects: bool = False
 
     @property
     def adaptive(self) -> bool:
@@ -36,7 +40,7 @@ class Method:
     @cached_property
     def cubic(self) -> Dense:
         """What ``interp="cubic"`` asks for."""
-        return hermite(self.tableau)
+        return adams.CUBIC if self.family == "adams" else hermite(self.tableau)
 
     @cached_property
     def options(self) -> list[str]:
@@ -53,6 +57,9 @@ _TABLE = [
     Method("rk4", 4, e.RK38, linear(e.RK38), source="Kutta's 3/8 rule, 1901"),
     Method("fehlberg4", 4, e.FEHLBERG4, linear(e.FEHLBERG4), source="Fehlberg 1969"),
     Method("fehlberg5", 5, e.FEHLBERG5, linear(e.FEHLBERG5), source="Fehlberg 1969"),
+    Method("explicit_adams", 4, e.RK38, adams.LINEAR, source="Adams, Bashforth 1883", family="adams"),
+    Method("implicit_adams", 5, e.RK38, adams.LINEAR, source="Adams; Moulton 1926", family="adams", corrects=True),
+    Method("fixed_adams", 5, e.RK38, adams.LINEAR, source="implicit_adams", family="adams", corrects=True),
     Method("adaptive_heun", 2, e.ADAPTIVE_HEUN, quadratic(e.ADAPTIVE_HEUN), source="Heun 1900"),
     Method("fehlberg2", 2, e.FEHLBERG2, quadratic(e.FEHLBERG2), source="Fehlberg 1969"),
     Method("bosh3", 3, e.BOSH3, hermite(e.BOSH3), source="Bogacki, Shampine 1989"),

@@ -14,7 +14,7 @@ class Option:
     meaning: str
 
 
-_ADAPTIVE, _FIXED = ("adaptive",), ("fixed",)
+_ADAPTIVE, _FIXED, _ADAMS = ("adaptive",), ("fixed",), ("adams",)
 
 OPTIONS = {
     "first_step": Option(_ADAPTIVE, "length of the first trial step, in units of `t`; default: chosen"),
@@ -37,4 +37,6 @@ OPTIONS = {
     "grid_constructor": Option(_FIXED, "`f(func, y0, t)` returns the ends of the steps"),
     "interp": Option(_FIXED, '`"linear"` (default) or `"cubic"`, between the ends of steps'),
     "perturb": Option(_FIXED, "evaluate just inside the ends of a step"),
+    "max_order": Option(_ADAMS, "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12"),
+    "max_iters": Option(_ADAMS, "corrections of a step by implicit Adams methods; default 4"),
 }
