@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import deque
 
 import torch
 
 from ..errors import Status
-from ..methods.adams import AMPLIFICATION, LEAST_SLOPES, weights
+from ..methods.adams import LEAST_SLOPES, MOST_AMPLIFICATION, amplification, weights, weights_of
 from ..problem import Problem
 from ..transforms import require_readable
 from .reference import RUNS, Run, StepFailure, combine, scaled_error, weighted_sum, wide
+
+
+def whole_within(rounding, x):
+    return float(round(x)) if abs(x - round(x)) <= rounding else x
+
+
+def moving_weights(nodes):
+    """`weights` of nodes that carry gradients, or are numbers."""
+    return weights(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in nodes]))
 
 
 class AdamsRun(Run):
@@ -28,59 +39,63 @@ class AdamsRun(Run):
     def rk_step(self, f0, t1, dt, shift1):
         """A step from ``(t0, y0)`` to ``t1``; returns ``f0`` and the mean slope, and the candidate ``y1``."""
         self.past.appendleft((self.t0, self.shift0, f0))
-        predicting = self.predicting_weights(t1)
-        if predicting is None:
+        nodes = self.nodes(t1)
+        if nodes is None:
             k, y1 = super().rk_step(f0, t1, dt, shift1)
             return [f0, weighted_sum(k, self.b)], y1
         signed_dt = self.p.direction * dt
+        find = weights_of
         if shift1 is not None:
             signed_dt = signed_dt + self.p.direction * (shift1 - self.shift0)
-            predicting = weights(self.nodes(t1, shift1))
-        mean = weighted_sum(self.slopes, predicting)
+            nodes, find = self.moving(nodes, dt, shift1), moving_weights
+        slopes = [f for _, _, f in self.past]
+        mean = weighted_sum(slopes, find(nodes))
         if self.p.method.corrects:
-            mean = self.corrected(mean, t1, signed_dt, shift1)
+            first, *others = find((1.0, *nodes))
+            mean = self.corrected(mean, first, weighted_sum(slopes, others), t1, signed_dt, shift1)
         return [f0, mean], combine(self.y0, [mean], [signed_dt])
 
-    @property
-    def slopes(self):
-        return [f for _, _, f in self.past]
-
-    def nodes(self, t1, shift1=None):
-        """The times of the past slopes on a clock that reads 0 at the start of the step and 1 at its end,
-        with the gradients of the times where ``shift1`` is given."""
-        nodes = torch.tensor([t - self.t0 for t, _, _ in self.past], dtype=torch.float64)
-        if shift1 is None:
-            return nodes / (t1 - self.t0)
-        shifts = torch.stack([shift - self.shift0 for _, shift, _ in self.past])
-        return (nodes + shifts) / (t1 - self.t0 + shift1 - self.shift0)
-
-    def predicting_weights(self, t1):
-        """Of the explicit formula, as floats; None where too few slopes serve. The oldest are forgotten
-        until the others amplify their errors no more than a uniform grid does."""
-        while len(self.past) >= LEAST_SLOPES:
-            found = weights(self.nodes(t1)).tolist()
-            if sum(map(abs, found)) <= AMPLIFICATION:
-                return found
+    def nodes(self, t1):
+        """The times of the past slopes on a clock that reads 0 at the start of the step and 1 at its end;
+        None where too few serve. The oldest are forgotten until the others amplify errors no more than
+        those of a uniform grid do."""
+        dt = t1 - self.t0
+        # What is whole but for the rounding of the times is taken for whole: a uniform grid has one set
+        # of weights.
+        rounding = min(1e-6, 4 * sys.float_info.epsilon * max(abs(t1), abs(self.past[-1][0])) / dt)
+        nodes = tuple(whole_within(rounding, (t - self.t0) / dt) for t, _, _ in self.past)
+        while len(nodes) >= LEAST_SLOPES and amplification(nodes) > MOST_AMPLIFICATION:
+            nodes = nodes[:-1]
             self.past.pop()
-        return None
+        return nodes if len(nodes) >= LEAST_SLOPES else None
 
-    def corrected(self, mean, t1, signed_dt, shift1):
-        """The mean slope of the implicit formula, by functional iteration from the predicted one."""
-        p = self.p
-        nodes = self.nodes(t1, shift1)
-        first, *others = weights(torch.cat([nodes.new_ones(1), nodes]))
-        of_past = weighted_sum(self.slopes, others)
-        for _ in range(p.max_iters):
+    def moving(self, nodes, dt, shift1):
+        """``nodes`` with the gradients of the times."""
+        stretched = dt + shift1 - self.shift0
+        return [(x * dt + shift - self.shift0) / stretched for x, (_, shift, _) in zip(nodes, self.past)]
+
+    def corrected(self, mean, weight, of_past, t1, signed_dt, shift1):
+        """The solution of ``mean = weight * f(t1, y0 + dt * mean) + of_past``, the implicit formula, by
+        functional iteration from the predicted mean slope.
+
+        torchdiffeq warns where ``max_iters`` corrections do not suffice, and goes on with what it has. Here
+        it is corrected further, as long as every correction is at most half of the one before.
+        """
+        p, corrections, allowed = self.p, 0, math.inf
+        while True:
             # parity: the times of both evaluations, and the test, are torchdiffeq's: the last change is
             # within tolerance of the increment, element by element.
             y1 = combine(self.y0, [mean], [signed_dt])
             f1 = self.call(t1, y1, shift1, nudge=-1 if p.perturb else 0)
-            before, mean = mean, first * wide(f1) + of_past
+            before, mean = mean, weight * wide(f1) + of_past
             self.error_ratio = self.change(before, mean)
             if self.error_ratio < 1:
                 return mean
-        self.k, self.y1 = [self.past[0][2], mean], y1
-        raise StepFailure(Status.NONCONVERGENCE)
+            corrections += 1
+            if corrections >= p.max_iters and not self.error_ratio <= allowed:
+                self.k, self.y1 = [self.past[0][2], mean], y1
+                raise StepFailure(Status.NONCONVERGENCE)
+            allowed = self.error_ratio / 2
 
     def change(self, before, after) -> float:
         """The largest part of the tolerance by which two mean slopes move the end of the step apart."""

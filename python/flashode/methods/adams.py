@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -42,6 +44,17 @@ def weights(nodes: torch.Tensor) -> torch.Tensor:
     return _OMEGA @ torch.where(same.bool(), 1.0, factors).prod(-1)
 
 
-# How much the highest order amplifies errors of slopes on a uniform grid, and a little for the rounding
-# of its times. Where steps grow fast, as many slopes are used as amplify no more.
-AMPLIFICATION = 1.01 * weights(-torch.arange(MAX_ORDER - 1.0, dtype=torch.float64)).abs().sum().item()
+@functools.lru_cache(maxsize=256)
+def weights_of(nodes: tuple[float, ...]) -> tuple[float, ...]:
+    """`weights` as floats; those of a uniform grid are computed once."""
+    return tuple(weights(torch.tensor(nodes, dtype=torch.float64)).tolist())
+
+
+def amplification(nodes: tuple[float, ...]) -> float:
+    """How many times larger an error of all slopes can be in their mean."""
+    return sum(map(abs, weights_of(nodes)))
+
+
+# That of the highest order on a uniform grid, and a little more for the rounding of times. Where steps
+# grow fast, as many slopes are used as amplify no more.
+MOST_AMPLIFICATION = 1.01 * amplification(tuple(-float(j) for j in range(MAX_ORDER - 1)))
