@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import deque
 
@@ -79,9 +78,10 @@ class AdamsRun(Run):
         functional iteration from the predicted mean slope.
 
         torchdiffeq warns where ``max_iters`` corrections do not suffice, and goes on with what it has. Here
-        it is corrected further, as long as every correction is at most half of the one before.
+        it is corrected further, as long as every correction is at most half of the one before, or until
+        they are lost in the rounding of the state.
         """
-        p, corrections, allowed = self.p, 0, math.inf
+        p, corrections, allowed = self.p, 0, sys.float_info.max
         while True:
             # parity: the times of both evaluations, and the test, are torchdiffeq's: the last change is
             # within tolerance of the increment, element by element.
@@ -93,16 +93,23 @@ class AdamsRun(Run):
                 return mean
             corrections += 1
             if corrections >= p.max_iters and not self.error_ratio <= allowed:
+                if self.is_lost(self.dt * (mean - before), y1):
+                    return mean
                 self.k, self.y1 = [self.past[0][2], mean], y1
                 raise StepFailure(Status.NONCONVERGENCE)
-            allowed = self.error_ratio / 2
+            allowed = min(allowed, self.error_ratio / 2)
 
     def change(self, before, after) -> float:
-        """The largest part of the tolerance by which two mean slopes move the end of the step apart."""
+        """The largest part of its tolerance by which a correction moves an element of the step's end."""
         before, after = self.dt * before.detach(), self.dt * after.detach()
         require_readable(after, "the corrector of implicit Adams methods")
         ratio = scaled_error(after - before, before, after, self.rtol, self.atol)
         return ratio.abs().max().item() if ratio.numel() else 0.0
+
+    def is_lost(self, correction, y1) -> bool:
+        """Whether a correction is no more than the rounding of the state makes of it."""
+        rounding = torch.finfo(y1.dtype).eps * wide(y1).abs().max()
+        return bool(correction.abs().max() <= 8 * rounding)
 
 
 RUNS["adams"] = AdamsRun
