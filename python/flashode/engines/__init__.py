@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from ..errors import ArgumentError
 from ..problem import Problem
-from . import adams, native, reference, reference_sweep  # adams: adds its steps to reference
+from . import adams as adams  # its steps join those of reference
+from . import native, reference, reference_sweep
 
 ENGINES = {"native": native, "reference": reference}
 SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}

@@ -31,7 +31,7 @@ def supports(problem: Problem) -> str | None:
 
 def solve(problem: Problem, recording=None) -> Outcome:
     """Integrates through all output times, or until the event."""
-    run = RUNS[problem.method.family](problem)
+    run = RUNS.get(problem.method.family, Run)(problem)
     run.recording = recording
     try:
         if problem.event_fn is not None:
@@ -44,7 +44,7 @@ def solve(problem: Problem, recording=None) -> Outcome:
 def replay(problem: Problem, shifts):
     """Takes accepted steps of a solve again: `Run.replay`. ``shifts`` are zeros that carry the
     gradients of the output times, or None."""
-    run = RUNS[problem.method.family](problem)
+    run = RUNS.get(problem.method.family, Run)(problem)
     run.shifts, run.replaying = shifts, True
     return run.replay
 
@@ -475,5 +475,5 @@ class Run:
         return values.to(torch.float64)
 
 
-# What solves by the methods of a family; the modules of other families add theirs.
-RUNS = {"explicit": Run}
+# Runs with steps of their own, by family of methods; the modules that define them put them here.
+RUNS: dict[str, type[Run]] = {}

@@ -37,6 +37,8 @@ OPTIONS = {
     "grid_constructor": Option(_FIXED, "`f(func, y0, t)` returns the ends of the steps"),
     "interp": Option(_FIXED, '`"linear"` (default) or `"cubic"`, between the ends of steps'),
     "perturb": Option(_FIXED, "evaluate just inside the ends of a step"),
-    "max_order": Option(_ADAMS, "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12"),
+    "max_order": Option(
+        _ADAMS, "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12"
+    ),
     "max_iters": Option(_ADAMS, "corrections of a step by implicit Adams methods; default 4"),
 }
