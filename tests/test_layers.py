@@ -21,7 +21,7 @@ LAYERS = [
     ["augmented"],
     ["solution"],
     ["engines/reference", "engines/native"],
-    ["engines/reference_sweep", "engines/adams"],
+    ["engines/reference_sweep", "engines/adams", "engines/scipy_solver"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
     ["adjoint/reached"],

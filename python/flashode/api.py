@@ -32,7 +32,7 @@ def odeint(
             elements changes sign. ``t`` then holds the initial time and one later time that only
             gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
-        engine: ``"auto"``, ``"native"`` or ``"reference"``.
+        engine: ``"auto"``, ``"native"``, ``"reference"``, or ``"scipy"``, which is for its own method.
 
     Returns:
         Tensor of shape (T, *y0.shape), or a tuple of such; row 0 is ``y0``. With ``event_fn``,

@@ -20,6 +20,8 @@ MAX_NUM_STEPS = 100_000
 # Grids are held in memory; this one takes 800 MB.
 MAX_GRID = 100_000_000
 
+SCIPY_SOLVERS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+
 
 def known_options(options, method: Method) -> dict:
     if options is None:
@@ -100,7 +102,20 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         "overshoot": overshoot,
         "norm": norm,
         "stops": _stops(options, begin, direction),
+        **(_scipy_fields(options) if method.family == "scipy" else {}),
     }
+
+
+def _scipy_fields(options) -> dict:
+    solver = options.get("solver", "LSODA")
+    if not isinstance(solver, str) or solver not in SCIPY_SOLVERS:
+        raise ArgumentError(
+            f"options['solver'] must be one of {list(SCIPY_SOLVERS)}, got {kind_of(solver)}."
+            + nearest(solver, SCIPY_SOLVERS)
+        )
+    if options.get("min_step") and solver != "LSODA":
+        warnings.warn(f"scipy_solver: options['min_step'] is for LSODA, {solver} takes none: ignored.")
+    return {"solver": solver}
 
 
 def _stops(options, begin, direction):

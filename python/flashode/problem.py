@@ -42,6 +42,7 @@ class Problem:
         stops: ``(time, is_jump)`` that steps must end on, ascending.
         max_num_steps: trial steps allowed between two output times.
         max_order, max_iters: of Adams methods.
+        solver: SciPy's name of the one to use, with method="scipy_solver".
         callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
         counted: members that the default norm covers, from the first; None for all.
         args: what ``func`` is called with after ``(t, y)``.
@@ -69,6 +70,7 @@ class Problem:
     perturb: bool = False
     max_order: int = 0
     max_iters: int = 0
+    solver: str | None = None
     callbacks: tuple[Callable | None, ...] = (None, None, None)
     event_fn: Callable | None = None
     counted: int | None = None
@@ -202,6 +204,10 @@ class Problem:
         if event_fn is not None and len(times) != 2:
             raise ArgumentError(
                 f"We require len(t) == 2 when in event handling mode, but got len(t)={len(times)}."
+            )
+        if event_fn is not None and chosen.family == "scipy":
+            raise ArgumentError(
+                f"method={chosen.name!r} locates no events; take one of flashode's own methods"
             )
         if t.device != y0.device:
             if t.device.type != "cpu":

@@ -66,7 +66,7 @@ class Outcome:
     """What an engine hands back: enough for a `Solution` or for a `SolveError` that names causes.
 
     Times are on the engine's forward clock. ``k`` and ``y1`` are those of the last trial step; they
-    are read only to find the element at fault.
+    are read only to find the element at fault. ``message`` is what another library said of a failure.
     """
 
     status: Status
@@ -81,6 +81,7 @@ class Outcome:
     k: list[torch.Tensor] = field(default_factory=list)
     y1: torch.Tensor | None = None
     event_t: float = math.nan
+    message: str = ""
 
 
 def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
@@ -129,8 +130,11 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
         ),
         Status.NONFINITE_ERROR: _nonfinite_error(problem, outcome, t, index),
         Status.STEP_UNDERFLOW: (
-            f"underflow in dt {dt!r} at t={t!r}: the error test fails however small the step "
-            f"(error ratio {outcome.error_ratio:.3g})",
+            f"underflow in dt {dt!r} at t={t!r}: "
+            + (
+                outcome.message
+                or f"the error test fails however small the step (error ratio {outcome.error_ratio:.3g})"
+            ),
             "the solution may have a singularity here, the tolerances may be below the rounding "
             "of the state's dtype, or the step below the resolution of t; loosen rtol or atol "
             "(an atol of 0 needs a state that never vanishes)",

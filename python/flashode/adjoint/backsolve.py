@@ -17,7 +17,7 @@ import torch
 
 from ..arguments import method_named
 from ..augmented import Augmented, Gradients
-from ..engines import SWEEPS
+from ..engines import ENGINES, SWEEPS, choose
 from ..errors import GradientWarning
 from ..options import even_grid
 from ..problem import Problem
@@ -43,7 +43,7 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
         vjp_t, adj_y, adj_params = restart.sweep(record, grad_ys, grad_t)
     else:
         augmented = _augmented(record, grad_ys, needs_t)
-        result = SWEEPS[record.engine](augmented)
+        result = SWEEPS[_sweeper(record, augmented.problem)](augmented)
         if not result.status.ok:
             raise backward_failure(augmented.problem, result)
         _warn_of_drift(augmented.problem, result)
@@ -79,6 +79,11 @@ def _only_restart_serves(record: Record) -> bool:
         or spec.options.get("grid_constructor") is not None
         or any(isinstance(tol, (tuple, list)) and len(tol) != members for tol in (spec.rtol, spec.atol))
     )
+
+
+def _sweeper(record: Record, problem: Problem) -> str:
+    """The engine of the forward solve, or another where it does not serve the backward method."""
+    return record.engine if ENGINES[record.engine].supports(problem) is None else choose(problem, "auto")
 
 
 class _Backwards:

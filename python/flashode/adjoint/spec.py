@@ -96,6 +96,11 @@ def make_spec(
             f"adjoint='checkpoint' replays steps one by one, and a step of method={problem.method.name!r} depends on "
             "those before it: use odeint for the exact gradients, or adjoint='backsolve'"
         )
+    if mode != "backsolve" and problem.method.family == "scipy":
+        raise ArgumentError(
+            f"adjoint={mode!r} needs the steps of the forward solve, and with method={problem.method.name!r} they are "
+            "SciPy's: use adjoint='backsolve'"
+        )
     refused = [name for name in ("restart", "grid_constructor") if options.get(name)]
     if mode == "interpolated" and refused:
         raise ArgumentError(
@@ -108,6 +113,10 @@ def make_spec(
     if isinstance(norm, str) and norm != "seminorm":
         raise ArgumentError(f"adjoint_options['norm'] must be callable or 'seminorm', got {norm!r}")
     seminorm = norm == "seminorm"
+    if seminorm and arguments.method_named(adjoint_method or method, "adjoint_method").family == "scipy":
+        raise ArgumentError(
+            "adjoint_options['norm'] = 'seminorm' is for flashode's own methods: SciPy's norm is fixed"
+        )
     check_backward(adjoint_rtol, adjoint_atol, method if adjoint_method is None else adjoint_method, options)
     if problem.norm is not None and (norm is None or seminorm):
         norm = _norm_around(problem, counts_params=not seminorm)

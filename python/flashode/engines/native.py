@@ -33,7 +33,7 @@ def supports(problem: Problem) -> str | None:
     if y0.device.type == "cuda" and not extension.C.with_cuda:
         return "the extension was compiled without CUDA; rebuild where nvcc is found"
     if problem.method.family != "explicit":
-        return f"steps of {problem.method.name} are taken by the reference engine"
+        return f"{problem.method.name} has no compiled steps"
     if problem.event_fn is not None:
         return "events are located by the reference engine"
     if problem.dtypes is not None and len(set(problem.dtypes)) > 1:

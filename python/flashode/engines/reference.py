@@ -25,8 +25,8 @@ from ..transforms import is_batched, require_readable
 
 
 def supports(problem: Problem) -> str | None:
-    """Why this engine cannot serve a problem: there is no such reason."""
-    return None
+    """Why this engine cannot serve a problem, or None."""
+    return "SciPy's solvers have an engine of their own" if problem.method.family == "scipy" else None
 
 
 def solve(problem: Problem, recording=None) -> Outcome:

@@ -20,14 +20,14 @@ class Method:
     is the continuous extension used between step ends. ``dense_overshoot`` replaces it where
     calls of ``func`` must be counted as torchdiffeq counts them. ``family`` says what takes a step:
     ``"explicit"`` Runge-Kutta methods evaluate their stages one after the other; ``"adams"`` methods
-    use the slopes of the steps before, and their table is that of the first steps; ``"scipy"`` is solved
-    by SciPy. ``corrects`` tells the implicit Adams methods, which solve for the slope at the step's end.
+    use the slopes of the steps before, and their table is that of the first steps; ``"scipy"`` has steps,
+    order and dense output of SciPy's. ``corrects`` tells the implicit Adams methods, which solve for the slope at the step's end.
     """
 
     name: str
     order: int
-    tableau: Tableau
-    dense: Dense
+    tableau: Tableau | None
+    dense: Dense | None
     dense_overshoot: Dense | None = None
     source: str = ""
     family: str = "explicit"
@@ -35,7 +35,7 @@ class Method:
 
     @property
     def adaptive(self) -> bool:
-        return self.tableau.b_err is not None
+        return self.family == "scipy" or self.tableau.b_err is not None
 
     @cached_property
     def cubic(self) -> Dense:
@@ -46,6 +46,8 @@ class Method:
     def options(self) -> list[str]:
         """The names of the options that the method takes."""
         groups = {"adaptive" if self.adaptive else "fixed", self.family}
+        if self.family == "scipy":
+            groups = {self.family}  # step-size control is SciPy's
         return [name for name, option in OPTIONS.items() if groups.intersection(option.groups)]
 
 
@@ -68,6 +70,7 @@ _TABLE = [
     Method("tsit5", 5, e.TSIT5, e.TSIT5_DENSE, source="Tsitouras 2011"),
     Method("dopri8", 8, e.DOPRI8, e.DOPRI8_DENSE,
            dense_overshoot=quartic(e.DOPRI8, e.DOPRI8_MID), source="Prince, Dormand 1981"),
+    Method("scipy_solver", 0, None, None, source="scipy.integrate", family="scipy"),
 ]  # fmt: skip
 
 METHODS = {method.name: method for method in _TABLE}

@@ -14,13 +14,17 @@ class Option:
     meaning: str
 
 
-_ADAPTIVE, _FIXED, _ADAMS = ("adaptive",), ("fixed",), ("adams",)
+_ADAPTIVE, _FIXED, _ADAMS, _SCIPY = ("adaptive",), ("fixed",), ("adams",), ("scipy",)
 
 OPTIONS = {
-    "first_step": Option(_ADAPTIVE, "length of the first trial step, in units of `t`; default: chosen"),
-    "min_step": Option(_ADAPTIVE, "a step this short stands whatever its error; default 0"),
-    "max_step": Option(_ADAPTIVE, "no step is longer"),
-    "max_num_steps": Option(_ADAPTIVE, "trial steps allowed between two outputs; default 100,000"),
+    "first_step": Option(
+        (*_ADAPTIVE, *_SCIPY), "length of the first trial step, in units of `t`; default: chosen"
+    ),
+    "min_step": Option((*_ADAPTIVE, *_SCIPY), "a step this short stands whatever its error; default 0"),
+    "max_step": Option((*_ADAPTIVE, *_SCIPY), "no step is longer"),
+    "max_num_steps": Option(
+        (*_ADAPTIVE, *_SCIPY), "trial steps allowed between two outputs; default 100,000"
+    ),
     "safety": Option(_ADAPTIVE, "part of the optimal step that is tried; default 0.9"),
     "ifactor": Option(_ADAPTIVE, "most that a step grows by; default 10"),
     "dfactor": Option(_ADAPTIVE, "most that a step shrinks by; default 0.2"),
@@ -41,4 +45,5 @@ OPTIONS = {
         _ADAMS, "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12"
     ),
     "max_iters": Option(_ADAMS, "corrections of a step by implicit Adams methods; default 4"),
+    "solver": Option(_SCIPY, '`"LSODA"` (default), `"RK45"`, `"RK23"`, `"DOP853"`, `"Radau"` or `"BDF"`'),
 }
