@@ -16,7 +16,7 @@ LAYERS = [
     ["methods/explicit", "methods/adams"],
     ["methods/__init__"],
     ["arguments"],
-    ["options"],
+    ["options", "progress"],
     ["problem"],
     ["augmented"],
     ["solution"],
@@ -31,7 +31,7 @@ LAYERS = [
     ["api"],
     ["gradient_check"],
     ["__init__"],
-    ["info"],
+    ["info", "tables"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The twins: the same functions in the same order in Python and C++.
@@ -121,7 +121,7 @@ def test_twins_have_the_same_functions_in_the_same_order(python, cpp):
     ours, theirs = names_in_order(ROOT / python), names_in_order(ROOT / cpp)
     shared = [name for name in ours if name in theirs]
     expected = {
-        "control.py": {"first_guess", "initial_step", "accept", "next_step", "clamp_step"},
+        "control.py": {"first_guess", "initial_step", "accept", "next_step", "remember", "clamp_step"},
         "reference.py": {"outcome", "error_norm", "first_step", "rk_step", "landing",
                          "adaptive_step", "fixed_step", "interpolate", "emit", "combine"},
         "reference_sweep.py": {"outcome", "evaluate", "error_norm", "first_step", "begin", "adj_with", "rk_step",

@@ -7,13 +7,16 @@ from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
 from .engines import ENGINES, choose
 from .errors import ArgumentError
+from .options import warn_of_idle_stops
 from .problem import Problem
+from .progress import require_progress, shown
 from .solution import Solution, finish
 
 
 def odeint(
-    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto"
-):
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
+    progress=False,
+):  # fmt: skip
     """Integrates ``dy/dt = func(t, y, *args)``, ``y(t[0]) = y0``, and returns ``y`` at every time in ``t``.
 
     Gradients flow through the solver's own operations (to ``y0``, ``t`` and everything that
@@ -33,6 +36,7 @@ def odeint(
             gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
         engine: ``"auto"``, ``"native"``, ``"reference"``, or ``"scipy"``, which is for its own method.
+        progress: whether to show a progress bar (needs tqdm).
 
     Returns:
         Tensor of shape (T, *y0.shape), or a tuple of such; row 0 is ``y0``. With ``event_fn``,
@@ -49,13 +53,15 @@ def odeint(
         >>> round(y[-1].item(), 5)
         0.36788
     """
-    solution, event_t = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, True)
+    solution, event_t = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, True
+    )
     return solution.ys if event_fn is None else (event_t, solution.ys)
 
 
 def solve(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
-    throw=True,
+    progress=False, throw=True,
 ) -> Solution:  # fmt: skip
     """`odeint` with the full result: times, values, status and statistics.
 
@@ -66,13 +72,22 @@ def solve(
         >>> solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0])).status.name
         'SUCCESS'
     """
-    return _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw)[0]
+    return _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw)[0]
 
 
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw):
+def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    if problem.adaptive and event_fn is None:
+        warn_of_idle_stops(options, problem.t)
+    return problem
+
+
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw):
+    require_progress(progress)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
-    outcome = ENGINES[name].solve(problem)
+    with shown(problem, progress) as watched:
+        outcome = ENGINES[name].solve(watched)
     event_t = None
     if event_fn is not None:
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
@@ -82,7 +97,7 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, thr
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
-    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto",
+    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto", progress=False,
 ):  # fmt: skip
     """`odeint` whose backward pass is a solve of its own, in place of a graph of every step.
 
@@ -113,6 +128,7 @@ def odeint_adjoint(
         checkpoints: most states that ``"checkpoint"`` holds at a time, at least 1; steps between
             them are solved again. None for all.
         args: tuple of further arguments of ``func``; Tensors anywhere in it get gradients.
+        progress: whether to show a progress bar, in the backward pass another one.
 
     Returns:
         As `odeint`. With ``event_fn`` the event's time carries no gradient.
@@ -132,12 +148,14 @@ def odeint_adjoint(
         raise ArgumentError(
             f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
         )
+    require_progress(progress)
     params = collect_params(func, adjoint_params, args)
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     spec = make_spec(
         problem, options, rtol, atol, method,
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,
+        progress,
     )  # fmt: skip
     solution, event_t = solve_with_adjoint(problem, spec, params, name)
     return solution.ys if event_fn is None else (event_t, solution.ys)

@@ -19,6 +19,7 @@ from .errors import ArgumentError, ArgumentTypeError
 from .interp import Dense
 from .methods import Method
 from .options import MAX_NUM_STEPS
+from .progress import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +183,9 @@ class Problem:
 
     def report(self, callback, t0: float, y0: torch.Tensor, dt: float):
         """Calls one of the caller's callbacks, if there is one, with ``(t0, y0, dt)``."""
+        if isinstance(callback, Progress):
+            callback.advance(t0, dt)
+            callback = callback.inner
         if callback is not None:
             t0, dt = (
                 torch.tensor(x, dtype=torch.float64, device=y0.device) for x in (self.direction * t0, dt)

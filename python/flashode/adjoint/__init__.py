@@ -14,6 +14,7 @@ from ..augmented import Path
 from ..engines import ENGINES
 from ..errors import ArgumentError
 from ..problem import Problem
+from ..progress import shown
 from ..solution import Solution, finish
 from . import backsolve, checkpoint
 from .apart import apart
@@ -48,7 +49,8 @@ def solve_with_adjoint(
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, spec, engine, recording, result, y0, t, grid, *params):
-        outcome = ENGINES[engine].solve(problem, recording)
+        with shown(problem, spec.progress) as watched:
+            outcome = ENGINES[engine].solve(watched, recording)
         result.append(finish(problem, outcome, engine, throw=True))
         event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
         times = problem.t if problem.event_fn is None else torch.stack([problem.t[0], event_t])

@@ -21,6 +21,7 @@ from ..engines import ENGINES, SWEEPS, choose
 from ..errors import GradientWarning
 from ..options import even_grid
 from ..problem import Problem
+from ..progress import shown
 from ..solution import backward_failure
 from . import restart
 from .once import first_time
@@ -43,7 +44,8 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
         vjp_t, adj_y, adj_params = restart.sweep(record, grad_ys, grad_t)
     else:
         augmented = _augmented(record, grad_ys, needs_t)
-        result = SWEEPS[_sweeper(record, augmented.problem)](augmented)
+        with shown(augmented.problem, record.spec.progress, "backward") as watched:
+            result = SWEEPS[_sweeper(record, augmented.problem)](replace(augmented, problem=watched))
         if not result.status.ok:
             raise backward_failure(augmented.problem, result)
         _warn_of_drift(augmented.problem, result)

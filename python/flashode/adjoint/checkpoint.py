@@ -14,6 +14,7 @@ import torch
 
 from ..engines import ENGINES
 from ..problem import Problem
+from ..progress import counted
 from ..solution import Landing
 from .apart import apart
 from .reached import warn_unlisted
@@ -80,12 +81,14 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_time: bool):
     kept = thinned(steps, slots, list(states))
     for step in set(states) - set(kept):
         del states[step]
-    for start, stop, reverse in reversal(steps, slots, kept):
-        state = states.pop(start) if start == stop else sweep.replay.advance(states[start], start, stop)
-        if reverse:
-            sweep.reverse(state, stop)
-        else:
-            states[stop] = state
+    with counted(steps, record.spec.progress, f"{record.problem.method.name} backward") as reversed_one:
+        for start, stop, reverse in reversal(steps, slots, kept):
+            state = states.pop(start) if start == stop else sweep.replay.advance(states[start], start, stop)
+            if reverse:
+                sweep.reverse(state, stop)
+                reversed_one()
+            else:
+                states[stop] = state
     return sweep.results()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import require_dense
-from ..control import accept, clamp_step, first_guess, initial_step, next_step
+from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
 from ..errors import ArgumentError, ArgumentTypeError, Status
 from ..events import bisect_event, combine_events
 from ..interp import weights_at
@@ -142,6 +142,7 @@ class Run:
         self.recording, self.replaying = None, False
         self.nfe = self.accepted = self.rejected = 0
         self.trials = 0  # steps tried since the last output
+        self.past = (1.0, 1.0)  # error ratios of the last two accepted steps
         self.next_stop = 0
         self.accepted_times: list[float] = []
         # Where the solve stands.
@@ -263,8 +264,9 @@ class Run:
             error = weighted_sum(k, [p.direction * dt * e_j for e_j in self.b_err]).detach()
             ratio = scaled_error(error, self.y0.detach(), y1.detach(), self.rtol, self.atol)
             self.error_ratio = self.error_norm(ratio)
-            self.dt = next_step(self.error_ratio, dt, p.control)
+            self.dt = next_step(self.error_ratio, dt, p.control, self.past)
             if accept(self.error_ratio, dt, p.control):
+                self.past = remember(self.error_ratio, p.control, self.past)
                 p.report(on_accept, self.t0, self.y0, dt)
                 step = self.commit(t1, dt, shift1, kind)
                 self.f0 = self.handed_on(kind)
