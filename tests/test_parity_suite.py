@@ -44,7 +44,7 @@ FIXED = [
 OPTIONS = {
     "explicit": lambda m: ADAPTIVE if m.adaptive else FIXED,
     "adams": lambda m: [
-        *FIXED[1:],
+        *FIXED[2:],  # on grids that are not uniform, theirs has uniform ones' weights
         {"step_size": 0.02, "max_order": 5},
         {"step_size": 0.02, "max_iters": 10},
     ],

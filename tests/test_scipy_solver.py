@@ -201,7 +201,7 @@ def test_options_of_other_methods_draw_a_warning():
         flashode.odeint(growth, torch.ones(1), torch.linspace(0, 1, 3), options={"solver": "RK45"})
 
 
-def test_events_and_callbacks_are_refused():
+def test_events_are_refused_and_callbacks_but_one():
     with pytest.raises(ArgumentError, match="locates no events"):
         flashode.odeint(
             growth, torch.ones(1), torch.tensor([0.0, 1.0]), event_fn=lambda t, y: y[0] - 2, **METHOD
@@ -210,6 +210,17 @@ def test_events_and_callbacks_are_refused():
     field.callback_step = lambda t, y, dt: None
     with pytest.warns(UserWarning, match="'scipy_solver' does not support callbacks {'callback_step'}"):
         flashode.odeint(field, torch.ones(1), torch.tensor([0.0, 1.0]), **METHOD)
+
+
+@SOLVER
+@BACKWARD
+def test_accepted_steps_are_reported(solver, backward):
+    steps, field, t = [], Counted(growth), torch.tensor([0.0, 1.5], **F64)
+    field.callback_accept_step = lambda t0, y0, dt: steps.append((t0.item(), y0.sum().item(), dt.item()))
+    stats = run(field, torch.ones(2, **F64), t.flip(0) if backward else t, solver).stats
+    sign = -1 if backward else 1
+    assert [t0 + sign * dt for t0, _, dt in steps] == pytest.approx(stats.accepted_times, abs=1e-12)
+    assert steps[0][:2] == (1.5 if backward else 0.0, 2.0)
 
 
 # ---- engines ---------------------------------------------------------------------------------

@@ -172,12 +172,13 @@ class Run:
             if solver.status == "failed":
                 self.dt = float(getattr(solver, "h_abs", self.dt))
                 raise StepFailure(Status.STEP_UNDERFLOW)
-            self.dt, self.y1 = float(solver.step_size), self.to_state(solver.y)
+            y0, self.dt, self.y1 = self.y1, float(solver.step_size), self.to_state(solver.y)
             if not np.isfinite(solver.y).all():  # LSODA goes on with them
                 raise StepFailure(Status.NONFINITE_STATE)
             if self.dt == 0:  # LSODA goes on with that too
                 self.message = "the steps have become shorter than the resolution of t"
                 raise StepFailure(Status.STEP_UNDERFLOW)
+            p.report(p.callbacks[1], self.t, y0, self.dt)
             self.emit(solver)
             self.t, self.bad_slope = p.direction * float(solver.t), None
             self.accepted_times.append(self.t)
