@@ -10,8 +10,8 @@ class Status(enum.IntEnum):
     """How a solve ended; the numbers are shared with the C++ engine.
 
     NONFINITE_ERROR: the error relative to the tolerance is not finite although the state and its
-    slopes are, as where ``atol`` is 0 and the state vanishes.
-    NONCONVERGENCE: the equations of an implicit step were not solved.
+    slopes are, as where ``atol`` is 0 and the state vanishes. NONCONVERGENCE: the equations of an
+    implicit step could not be solved, however short the step where it may be shortened.
     """
 
     SUCCESS = 0

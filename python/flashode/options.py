@@ -20,6 +20,9 @@ MAX_NUM_STEPS = 100_000
 # Grids are held in memory; this one takes 800 MB.
 MAX_GRID = 100_000_000
 
+# Iterations of Newton's method in steps whose length is prescribed.
+NEWTON = 100
+
 SCIPY_SOLVERS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
 
@@ -55,11 +58,11 @@ def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, fin
     return number
 
 
-def _whole(options, name, default, low, high) -> int:
-    number = _number(options, name, default, low=low, high=high)
-    if number != int(number):
-        raise ArgumentError(f"options[{name!r}] must be a whole number, got {number}")
-    return int(number)
+def _whole(options, name, default, high=math.inf) -> int:
+    limit = min(_number(options, name, default, low=1, high=high, finite=False), 2**31 - 1)
+    if limit != int(limit):
+        raise ArgumentError(f"options[{name!r}] must be a whole number, got {limit}")
+    return int(limit)
 
 
 def flag(options, name, argument="options") -> bool:
@@ -83,9 +86,6 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         raise ArgumentError(
             f"options['min_step'] is {control.min_step}, above options['max_step'], {control.max_step}"
         )
-    limit = min(_number(options, "max_num_steps", MAX_NUM_STEPS, low=1, finite=False), 2**31 - 1)
-    if limit != int(limit):
-        raise ArgumentError(f"options['max_num_steps'] must be a whole number, got {limit}")
     dtype = options.get("dtype", torch.float64)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         # Time is kept in float64 whichever of the two is asked for.
@@ -99,11 +99,12 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         "control": control,
         "dense": method.dense_overshoot if overshoot and method.dense_overshoot else method.dense,
         "first_step": first_step,
-        "max_num_steps": int(limit),
+        "max_num_steps": _whole(options, "max_num_steps", MAX_NUM_STEPS),
         "overshoot": overshoot,
         "norm": norm,
         "stops": _stops(options, begin, direction),
         **(_scipy_fields(options) if method.family == "scipy" else {}),
+        "max_iters": _whole(options, "max_iters", 10),
     }
 
 
@@ -217,15 +218,16 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
         "grid": grid,
         "steps_on_times": grid is clock,
         "perturb": flag(options, "perturb"),
+        "max_iters": _whole(options, "max_iters", NEWTON),
         **(_adams_fields(options) if method.family == "adams" else {}),
     }
 
 
 def _adams_fields(options) -> dict:
-    max_order = _whole(options, "max_order", MAX_ORDER, 1, MAX_ORDER)
+    max_order = _whole(options, "max_order", MAX_ORDER, MAX_ORDER)
     if max_order <= LEAST_SLOPES:
         warnings.warn(f"max_order is below {LEAST_SLOPES + 1}, so the solver reduces to `rk4`.")
-    return {"max_order": max_order, "max_iters": _whole(options, "max_iters", 4, 1, MAX_NUM_STEPS)}
+    return {"max_order": max_order, "corrections": _whole(options, "max_iters", 4), "max_iters": NEWTON}
 
 
 def even_grid(clock, times, step_size):

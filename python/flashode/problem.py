@@ -42,7 +42,8 @@ class Problem:
             root mean square over the members.
         stops: ``(time, is_jump)`` that steps must end on, ascending.
         max_num_steps: trial steps allowed between two output times.
-        max_order, max_iters: of Adams methods.
+        max_iters: iterations of Newton's method allowed for a stage of an implicit method.
+        max_order, corrections: of Adams methods; corrections that need not be half of the one before.
         solver: SciPy's name of the one to use, with method="scipy_solver".
         callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
         counted: members that the default norm covers, from the first; None for all.
@@ -70,7 +71,8 @@ class Problem:
     steps_on_times: bool = False
     perturb: bool = False
     max_order: int = 0
-    max_iters: int = 0
+    corrections: int = 0
+    max_iters: int = 1
     solver: str | None = None
     callbacks: tuple[Callable | None, ...] = (None, None, None)
     event_fn: Callable | None = None
@@ -109,7 +111,8 @@ class Problem:
 
         Rounding to a dtype coarser than the clock must not leave the interval.
         """
-        if self.overshoot or self.event_fn is not None:
+        # A method with a node beyond 1, as kvaerno5 has, needs the field a part of a step past the end.
+        if self.overshoot or self.event_fn is not None or max(self.method.tableau.c) > 1:
             return -math.inf, math.inf
         begin, end = self.times[0], self.times[-1]
         if self.grid is not None:

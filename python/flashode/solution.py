@@ -81,6 +81,7 @@ class Outcome:
     k: list[torch.Tensor] = field(default_factory=list)
     y1: torch.Tensor | None = None
     event_t: float = math.nan
+    unsolved: float | None = None
     message: str = ""
 
 
@@ -129,6 +130,17 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
             "the solution overflows its dtype, or leaves the domain of func",
         ),
         Status.NONFINITE_ERROR: _nonfinite_error(problem, outcome, t, index),
+        Status.NONCONVERGENCE: (
+            f"the stage equations of {problem.method.name} could not be solved in step {outcome.accepted + 1}, from "
+            f"t={t!r} with dt={dt!r}: the last change that Newton's method made is {outcome.unsolved} "
+            + ("tolerances" if problem.adaptive else "of the state"),
+            "take smaller steps; check that func is smooth in y"
+            + (
+                f", or raise options={{'max_iters': ...}}, now {problem.max_iters}"
+                if not problem.corrections
+                else ""
+            ),
+        ),
         Status.STEP_UNDERFLOW: (
             f"underflow in dt {dt!r} at t={t!r}: "
             + (
@@ -150,11 +162,6 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
             + (f"; the last trial met non-finite values{where}" if where else ""),
             "raise options={'max_num_steps': ...}; if the steps are far smaller than the solution "
             "looks, the problem is stiff and an explicit method cannot do better",
-        ),
-        Status.NONCONVERGENCE: (
-            f"the equations of the step from t={t!r} to t={t + dt!r} were not solved: the last correction is "
-            f"{outcome.error_ratio:.3g} tolerances",
-            "take a smaller step_size, or an implicit method made for stiff problems",
         ),
     }[reason]
     counts = (
@@ -193,13 +200,17 @@ def _cause(problem, outcome: Outcome):
     """The true reason behind a step that could not be taken, and a tensor that is not finite at
     the element to blame, if one is."""
     status = outcome.status
-    if not outcome.k or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio)):
+    if (
+        not outcome.k
+        or status == Status.NONCONVERGENCE
+        or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio))
+    ):
         return status, None
     suspects = [(Status.NONFINITE_FIELD, k) for k in outcome.k] + [(Status.NONFINITE_STATE, outcome.y1)]
     for reason, x in suspects:
         if not torch.isfinite(x).all():
             return (status if status == Status.MAX_STEPS else reason), x
-    if status in (Status.MAX_STEPS, Status.NONCONVERGENCE):
+    if status == Status.MAX_STEPS:
         return status, None
     if not problem.adaptive or math.isfinite(outcome.error_ratio):
         return Status.NONFINITE_STATE, None  # an output between steps

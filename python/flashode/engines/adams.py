@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 
 import torch
 
-from ..errors import Status
 from ..methods.adams import LEAST_SLOPES, MOST_AMPLIFICATION, amplification, weights, weights_of
 from ..problem import Problem
 from ..transforms import require_readable
-from .reference import RUNS, Run, StepFailure, combine, scaled_error, weighted_sum, wide
+from .element import combine, scaled_error, weighted_sum, wide
+from .reference import RUNS, Run
+from .stages import Equations, Stages, Unsolved, to_real
 
 
 def whole_within(rounding, x):
@@ -73,31 +75,38 @@ class AdamsRun(Run):
         stretched = dt + shift1 - self.shift0
         return [(x * dt + shift - self.shift0) / stretched for x, (_, shift, _) in zip(nodes, self.past)]
 
-    def corrected(self, mean, weight, of_past, t1, signed_dt, shift1):
+    def corrected(self, predicted, weight, of_past, t1, signed_dt, shift1):
         """The solution of ``mean = weight * f(t1, y0 + dt * mean) + of_past``, the implicit formula, by
         functional iteration from the predicted mean slope.
 
         torchdiffeq warns where ``max_iters`` corrections do not suffice, and goes on with what it has. Here
         it is corrected further, as long as every correction is at most half of the one before, or until
-        they are lost in the rounding of the state.
+        they are lost in the rounding of the state; where neither is so, Newton's method takes over.
         """
-        p, corrections, allowed = self.p, 0, sys.float_info.max
-        while True:
+        p, mean, allowed = self.p, predicted, sys.float_info.max
+        nudge = -1 if p.perturb else 0
+        for correction in itertools.count(1):
             # parity: the times of both evaluations, and the test, are torchdiffeq's: the last change is
             # within tolerance of the increment, element by element.
             y1 = combine(self.y0, [mean], [signed_dt])
-            f1 = self.call(t1, y1, shift1, nudge=-1 if p.perturb else 0)
+            f1 = self.call(t1, y1, shift1, nudge)
             before, mean = mean, weight * wide(f1) + of_past
-            self.error_ratio = self.change(before, mean)
-            if self.error_ratio < 1:
+            ratio = self.change(before, mean)
+            if ratio < 1:
                 return mean
-            corrections += 1
-            if corrections >= p.max_iters and not self.error_ratio <= allowed:
+            if correction >= p.corrections and not ratio <= allowed:
                 if self.is_lost(self.dt * (mean - before), y1):
                     return mean
-                self.k, self.y1 = [self.past[0][2], mean], y1
-                raise StepFailure(Status.NONCONVERGENCE)
-            allowed = min(allowed, self.error_ratio / 2)
+                break
+            allowed = min(allowed, ratio / 2)
+        if not torch.isfinite(f1).all():
+            raise Unsolved(ratio, f1)
+        self.stages = self.stages or Stages(self)
+        base = combine(self.y0, [of_past], [signed_dt])
+        equations = Equations(self, [t1], [nudge], [shift1], [base], [[1.0]], weight * signed_dt)
+        guess = to_real(((predicted - of_past) / weight).detach().to(self.y0.dtype))
+        (f1,) = self.stages.solve(equations, guess[None])
+        return weight * wide(f1) + of_past
 
     def change(self, before, after) -> float:
         """The largest part of its tolerance by which a correction moves an element of the step's end."""

@@ -26,6 +26,8 @@ def supports(problem: Problem) -> str | None:
     y0 = problem.y0
     if extension.C is None:
         return extension.missing
+    if problem.method.family == "implicit":
+        return "implicit methods are solved by the reference engine"
     if y0.dtype not in _DTYPES:
         return f"no kernels for {y0.dtype} states"
     if y0.device.type not in ("cpu", "cuda"):

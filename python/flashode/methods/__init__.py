@@ -9,6 +9,7 @@ from ..interp import Dense, hermite, linear, quadratic, quartic
 from ..tableau import Tableau
 from . import adams
 from . import explicit as e
+from . import implicit as i
 from .options import OPTIONS
 
 
@@ -19,9 +20,10 @@ class Method:
     ``order`` is that of the propagated solution, and the one step-size control uses. ``dense``
     is the continuous extension used between step ends. ``dense_overshoot`` replaces it where
     calls of ``func`` must be counted as torchdiffeq counts them. ``family`` says what takes a step:
-    ``"explicit"`` Runge-Kutta methods evaluate their stages one after the other; ``"adams"`` methods
-    use the slopes of the steps before, and their table is that of the first steps; ``"scipy"`` has steps,
-    order and dense output of SciPy's. ``corrects`` tells the implicit Adams methods, which solve for the slope at the step's end.
+    ``"explicit"`` Runge-Kutta methods evaluate their stages one after the other, ``"implicit"`` ones solve
+    equations for them; ``"adams"`` methods use the slopes of the steps before, and their table is that of
+    the first steps; ``"scipy"`` has steps, order and dense output of SciPy's. ``corrects`` tells the
+    implicit Adams methods, which solve for the slope at the step's end.
     """
 
     name: str
@@ -51,6 +53,10 @@ class Method:
         return [name for name, option in OPTIONS.items() if groups.intersection(option.groups)]
 
 
+def _implicit(name, order, tableau, source, dense=None) -> Method:
+    return Method(name, order, tableau, dense or linear(tableau), source=source, family="implicit")
+
+
 _TABLE = [
     Method("euler", 1, e.EULER, linear(e.EULER), source="Euler 1768"),
     Method("midpoint", 2, e.MIDPOINT, linear(e.MIDPOINT), source="Runge 1895"),
@@ -71,6 +77,17 @@ _TABLE = [
     Method("dopri8", 8, e.DOPRI8, e.DOPRI8_DENSE,
            dense_overshoot=quartic(e.DOPRI8, e.DOPRI8_MID), source="Prince, Dormand 1981"),
     Method("scipy_solver", 0, None, None, source="scipy.integrate", family="scipy"),
+    _implicit("implicit_euler", 1, i.IMPLICIT_EULER, "Euler 1768"),
+    _implicit("implicit_midpoint", 2, i.IMPLICIT_MIDPOINT, "Gauss's rule of one point"),
+    _implicit("trapezoid", 2, i.TRAPEZOID, "Crank, Nicolson 1947"),
+    _implicit("sdirk2", 2, i.SDIRK2, "Alexander 1977"),
+    _implicit("trbdf2", 2, i.TRBDF2, "Bank et al. 1985; Hosea, Shampine 1996"),
+    _implicit("gl4", 4, i.GL4, "Gauss's rule of two points; Kuntzmann 1961, Butcher 1964"),
+    _implicit("gl6", 6, i.GL6, "Gauss's rule of three points; Kuntzmann 1961, Butcher 1964"),
+    _implicit("radauIIA3", 3, i.RADAU_IIA3, "Ehle 1969"),
+    _implicit("radauIIA5", 5, i.RADAU_IIA5, "Ehle 1969"),
+    _implicit("kvaerno3", 3, i.KVAERNO3, "Kvaerno 2004", hermite(i.KVAERNO3)),
+    _implicit("kvaerno5", 5, i.KVAERNO5, "Kvaerno 2004", i.KVAERNO5_DENSE),
 ]  # fmt: skip
 
 METHODS = {method.name: method for method in _TABLE}

@@ -52,6 +52,10 @@ OPTIONS = {
     "max_order": Option(
         _ADAMS, "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12"
     ),
-    "max_iters": Option(_ADAMS, "corrections of a step by implicit Adams methods; default 4"),
+    "max_iters": Option(
+        ("implicit", *_ADAMS),
+        "iterations of Newton's method for a stage, default 100, of adaptive methods 10; of Adams methods: corrections "
+        "of a step that need not halve, default 4",
+    ),
     "solver": Option(_SCIPY, '`"LSODA"` (default), `"RK45"`, `"RK23"`, `"DOP853"`, `"Radau"` or `"BDF"`'),
 }
