@@ -361,11 +361,36 @@ def test_the_backward_solve_gives_the_gradients(forward, backward):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@SOLVER
+@BACKWARD
+def test_gradients_along_its_dense_output(solver, backward):
+    """adjoint="interpolated": as exact as the polynomials that the steps were recorded as."""
+    t = torch.tensor([0.0, 0.4, 1.0], **F64)
+    t = t.flip(0) if backward else t
+    grads = []
+    for solve, more in (
+        (flashode.odeint, {}),
+        (flashode.odeint_adjoint,
+         dict(METHOD, options={"solver": solver}, adjoint="interpolated", adjoint_method="dopri5", adjoint_options={})),
+    ):  # fmt: skip
+        net, y0 = Net(**F64), twisted_start(**F64).requires_grad_()
+        ys = solve(net, y0, t, rtol=1e-8, atol=1e-8, **more)
+        grads.append(torch.autograd.grad(ys.square().sum(), [y0, *net.parameters()]))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
 def test_backward_passes_that_need_steps_are_refused():
     y0, t = twisted_start(**F64), torch.linspace(0, 1, 3, **F64)
-    for mode in ("checkpoint", "interpolated"):
-        with pytest.raises(ArgumentError, match="they are SciPy's: use adjoint='backsolve'"):
-            flashode.odeint_adjoint(Net(**F64), y0, t, adjoint=mode, **METHOD)
+    with pytest.raises(ArgumentError, match="they are SciPy's: use adjoint='backsolve'"):
+        flashode.odeint_adjoint(Net(**F64), y0, t, adjoint="checkpoint", **METHOD)
+    for forward in ("dopri5", "scipy_solver"):
+        with pytest.raises(
+            ArgumentError, match="no sweep of method='scipy_solver': pass adjoint_method='dopri5'"
+        ):
+            flashode.odeint_adjoint(
+                Net(**F64), y0, t, adjoint="interpolated", method=forward, adjoint_method="scipy_solver"
+            )
     with pytest.raises(ArgumentError, match="SciPy's norm is fixed"):
         flashode.odeint_adjoint(Net(**F64), y0, t, adjoint_options={"norm": "seminorm"}, **METHOD)
 

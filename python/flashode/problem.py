@@ -112,7 +112,8 @@ class Problem:
         Rounding to a dtype coarser than the clock must not leave the interval.
         """
         # A method with a node beyond 1, as kvaerno5 has, needs the field a part of a step past the end.
-        if self.overshoot or self.event_fn is not None or max(self.method.tableau.c) > 1:
+        tableau = self.method.tableau
+        if self.overshoot or self.event_fn is not None or (tableau is not None and max(tableau.c) > 1):
             return -math.inf, math.inf
         begin, end = self.times[0], self.times[-1]
         if self.grid is not None:

@@ -98,9 +98,9 @@ def make_spec(
             f"adjoint='checkpoint' replays steps one by one, and a step of method={problem.method.name!r} depends on "
             "those before it: use odeint for the exact gradients, or adjoint='backsolve'"
         )
-    if mode != "backsolve" and problem.method.family == "scipy":
+    if mode == "checkpoint" and problem.method.family == "scipy":
         raise ArgumentError(
-            f"adjoint={mode!r} needs the steps of the forward solve, and with method={problem.method.name!r} they are "
+            f"adjoint='checkpoint' replays the steps of the forward solve, and with method={problem.method.name!r} they are "
             "SciPy's: use adjoint='backsolve'"
         )
     refused = [name for name in ("restart", "grid_constructor") if options.get(name)]
@@ -115,7 +115,13 @@ def make_spec(
     if isinstance(norm, str) and norm != "seminorm":
         raise ArgumentError(f"adjoint_options['norm'] must be callable or 'seminorm', got {norm!r}")
     seminorm = norm == "seminorm"
-    if seminorm and arguments.method_named(adjoint_method or method, "adjoint_method").family == "scipy":
+    backward = arguments.method_named(method if adjoint_method is None else adjoint_method, "adjoint_method")
+    if mode == "interpolated" and backward.family in ("adams", "scipy"):
+        raise ArgumentError(
+            f"adjoint='interpolated' has no sweep of method={backward.name!r}: pass adjoint_method='dopri5', or "
+            "another with step-size control"
+        )
+    if seminorm and backward.family == "scipy":
         raise ArgumentError(
             "adjoint_options['norm'] = 'seminorm' is for flashode's own methods: SciPy's norm is fixed"
         )

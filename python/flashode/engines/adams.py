@@ -35,11 +35,11 @@ class AdamsRun(Run):
     def __init__(self, problem: Problem):
         super().__init__(problem)
         # (time, the zero that carries its gradient or None, slope), newest first.
-        self.past = deque(maxlen=max(1, problem.max_order - 1))
+        self.history = deque(maxlen=max(1, problem.max_order - 1))
 
     def rk_step(self, f0, t1, dt, shift1):
         """A step from ``(t0, y0)`` to ``t1``; returns ``f0`` and the mean slope, and the candidate ``y1``."""
-        self.past.appendleft((self.t0, self.shift0, f0))
+        self.history.appendleft((self.t0, self.shift0, f0))
         nodes = self.nodes(t1)
         if nodes is None:
             k, y1 = super().rk_step(f0, t1, dt, shift1)
@@ -49,7 +49,7 @@ class AdamsRun(Run):
         if shift1 is not None:
             signed_dt = signed_dt + self.p.direction * (shift1 - self.shift0)
             nodes, find = self.moving(nodes, dt, shift1), moving_weights
-        slopes = [f for _, _, f in self.past]
+        slopes = [f for _, _, f in self.history]
         mean = weighted_sum(slopes, find(nodes))
         if self.p.method.corrects:
             first, *others = find((1.0, *nodes))
@@ -63,17 +63,17 @@ class AdamsRun(Run):
         dt = t1 - self.t0
         # What is whole but for the rounding of the times is taken for whole: a uniform grid has one set
         # of weights.
-        rounding = min(1e-6, 4 * sys.float_info.epsilon * max(abs(t1), abs(self.past[-1][0])) / dt)
-        nodes = tuple(whole_within(rounding, (t - self.t0) / dt) for t, _, _ in self.past)
+        rounding = min(1e-6, 4 * sys.float_info.epsilon * max(abs(t1), abs(self.history[-1][0])) / dt)
+        nodes = tuple(whole_within(rounding, (t - self.t0) / dt) for t, _, _ in self.history)
         while len(nodes) >= LEAST_SLOPES and amplification(nodes) > MOST_AMPLIFICATION:
             nodes = nodes[:-1]
-            self.past.pop()
+            self.history.pop()
         return nodes if len(nodes) >= LEAST_SLOPES else None
 
     def moving(self, nodes, dt, shift1):
         """``nodes`` with the gradients of the times."""
         stretched = dt + shift1 - self.shift0
-        return [(x * dt + shift - self.shift0) / stretched for x, (_, shift, _) in zip(nodes, self.past)]
+        return [(x * dt + shift - self.shift0) / stretched for x, (_, shift, _) in zip(nodes, self.history)]
 
     def corrected(self, predicted, weight, of_past, t1, signed_dt, shift1):
         """The solution of ``mean = weight * f(t1, y0 + dt * mean) + of_past``, the implicit formula, by

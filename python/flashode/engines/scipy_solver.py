@@ -18,6 +18,8 @@ from ..problem import Problem
 from ..solution import Outcome
 from .reference import StepFailure, stage_time
 
+# The degree of a solver's dense output, at most.
+_DEGREE = {"RK23": 3, "RK45": 4, "DOP853": 7, "Radau": 3, "BDF": 5, "LSODA": 12}
 _REAL_ONLY = ("Radau", "LSODA")
 _ONE_RTOL = ("Radau", "BDF")
 
@@ -35,7 +37,7 @@ def supports(problem: Problem) -> str | None:
 
 def solve(problem: Problem, recording=None) -> Outcome:
     """Integrates through all output times."""
-    run = Run(problem)
+    run = Run(problem, recording)
     try:
         with torch.no_grad(), np.errstate(all="ignore"):  # what is not finite is looked for, and named
             run.solve()
@@ -58,8 +60,9 @@ def solver_class(name: str):
 class Run:
     """The state of one solve."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, recording):
         p = self.p = problem
+        self.recording = recording
         self.check()
         self.watches = torch.is_grad_enabled()  # for a gradient that will be missed
         if self.watches and (p.y0.requires_grad or p.t.requires_grad):
@@ -180,7 +183,10 @@ class Run:
                 raise StepFailure(Status.STEP_UNDERFLOW)
             p.report(p.callbacks[1], self.t, y0, self.dt)
             self.emit(solver)
-            self.t, self.bad_slope = p.direction * float(solver.t), None
+            t1 = p.direction * float(solver.t)
+            if self.recording is not None:
+                self.recording.add(self.t, t1, self.polynomial(solver.dense_output(), y0))
+            self.t, self.bad_slope = t1, None
             self.accepted_times.append(self.t)
 
     def emit(self, solver):
@@ -198,6 +204,15 @@ class Run:
             self.rows += [self.to_state(value) for value in values]
         if at_end:
             self.rows.append(self.y1)
+
+    def polynomial(self, dense, y0):
+        """y over the step: its value at the start, and the coefficients of x, x^2, ..., all that SciPy's dense
+        output can have, from its values at Chebyshev's points."""
+        degree = _DEGREE[self.p.solver]
+        x = (1 - np.cos(np.pi * np.arange(1, degree + 1) / degree)) / 2
+        moved = dense(dense.t_old + x * (dense.t - dense.t_old)).T - to_array(y0)
+        coefficients = np.linalg.solve(x[:, None] ** np.arange(1, degree + 1), moved)
+        return torch.stack([y0, *(self.to_state(c) for c in coefficients)])
 
 
 def to_array(x: torch.Tensor) -> np.ndarray:
