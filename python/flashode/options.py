@@ -189,7 +189,9 @@ def warn_of_idle_stops(options, t):
             )
 
 
-def fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
+def fixed_fields(options, method: Method, func, y0, t, times, direction, until) -> dict:
+    """``until`` is the forward time at which a solve until an event ends, inf for none; None for other
+    solves."""
     interp = options.get("interp", "linear")
     if not isinstance(interp, str) or interp not in ("linear", "cubic"):
         raise ArgumentError(
@@ -199,13 +201,15 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
     constructor = options.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
-    if event_fn is not None and step_size is None:
+    if until is not None and step_size is None:
         raise ArgumentError(
             "Event handling for fixed step solvers currently requires `step_size` to be provided in options."
         )
     clock = direction * t.to("cpu", torch.float64)
-    if event_fn is not None:
-        grid = clock[:1]
+    if until == math.inf:
+        grid = clock[:1]  # steps go on from there
+    elif until is not None:
+        grid = even_grid(torch.cat([clock[:1], clock.new_tensor([until])]), [times[0], until], step_size)
     elif step_size is not None:
         grid = even_grid(clock, times, step_size)
     elif constructor is not None:
