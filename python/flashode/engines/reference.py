@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
+from ..control import accept, clamp_step, first_guess, initial_step, next_step, predicted_step, remember
 from ..errors import Status
 from ..events import event_values
 from ..interp import weights_at
@@ -107,6 +107,7 @@ class Run:
         self.nfe = self.accepted = self.rejected = 0
         self.trials = 0  # steps tried since the last output
         self.past = (1.0, 1.0)  # error ratios of the last two accepted steps
+        self.past_dt: float | None = None
         self.next_stop = 0
         self.accepted_times: list[float] = []
         # Where the solve stands.
@@ -253,7 +254,10 @@ class Run:
             self.error_ratio = self.error_norm(ratio)
             self.dt = next_step(self.error_ratio, dt, p.control, self.past)
             if accept(self.error_ratio, dt, p.control):
-                self.past = remember(self.error_ratio, p.control, self.past)
+                if p.control.predictive and self.past_dt is not None:
+                    most = predicted_step(self.error_ratio, dt, p.control, self.past[0], self.past_dt)
+                    self.dt = min(self.dt, most)
+                self.past, self.past_dt = remember(self.error_ratio, p.control, self.past), dt
                 p.report(on_accept, self.t0, self.y0, dt)
                 step = self.commit(t1, dt, shift1, kind)
                 self.f0 = self.handed_on(kind)

@@ -126,9 +126,7 @@ def _kvaerno5_dense() -> Dense:
     for j in nodes:
         v[j] = Fraction(1, 4) / math.prod(KVAERNO5.c[j] - KVAERNO5.c[i] for i in nodes if i != j)
     cubic = hermite(KVAERNO5)
-    return Dense(
-        tuple((w1, w2 + v_j, w3 - 2 * v_j, v_j) for (w1, w2, w3), v_j in zip(cubic.weights, v)), order=4
-    )
+    return Dense(tuple((w1, w2 + v_j, w3 - 2 * v_j, v_j) for (w1, w2, w3), v_j in zip(cubic.weights, v)), 4)
 
 
 KVAERNO5_DENSE = _kvaerno5_dense()

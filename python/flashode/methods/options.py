@@ -25,13 +25,15 @@ OPTIONS = {
     "max_num_steps": Option(
         (*_ADAPTIVE, *_SCIPY), "trial steps allowed between two outputs; default 100,000"
     ),
-    "safety": Option(_ADAPTIVE, "part of the optimal step that is tried; default 0.9"),
+    "safety": Option(
+        _ADAPTIVE, "part of the optimal step that is tried; default 0.9, of implicit methods 0.7"
+    ),
     "ifactor": Option(_ADAPTIVE, "most that a step grows by; default 10"),
     "dfactor": Option(_ADAPTIVE, "most that a step shrinks by; default 0.2"),
     "controller": Option(
         _ADAPTIVE,
         '`"i"` (default, torchdiffeq\'s), `"pi"` (PI.4.2) or `"pid"` step-size control, which also look at the '
-        "steps before and refuse fewer",
+        'steps before and refuse fewer; implicit methods have `"predictive"` (Gustafsson\'s) too, their default',
     ),
     "pcoeff": Option(_ADAPTIVE, "proportional part of the controller; see `controller`"),
     "icoeff": Option(_ADAPTIVE, "integral part"),
