@@ -50,6 +50,7 @@ def weights_of(nodes: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(weights(torch.tensor(nodes, dtype=torch.float64)).tolist())
 
 
+@functools.lru_cache(maxsize=256)
 def amplification(nodes: tuple[float, ...]) -> float:
     """How many times larger an error of all slopes can be in their mean."""
     return sum(map(abs, weights_of(nodes)))
