@@ -74,7 +74,7 @@ def _only_restart_serves(record: Record) -> bool:
     spec, shapes = record.spec, record.problem.shapes
     members = 1 if shapes is None else len(shapes)
     return (
-        method_named(spec.method).family in ("adams", "scipy")
+        method_named(spec.method).family != "explicit"
         or bool(spec.options.get("overshoot"))
         or spec.options.get("grid_constructor") is not None
         or any(isinstance(tol, (tuple, list)) and len(tol) != members for tol in (spec.rtol, spec.atol))
