@@ -44,7 +44,7 @@ def odeint(
             either; the solve ends where the first element of any changes sign, to within ``atol`` in
             ``t``. ``t`` then holds the initial time and one later time that only gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
-        engine: ``"auto"``, ``"native"`` or ``"reference"``.
+        engine: ``"auto"``, ``"native"``, ``"reference"``, or ``"scipy"``, which is for its own method.
         progress: whether to show a progress bar (needs tqdm).
 
     Returns:

@@ -337,6 +337,8 @@ def callbacks_of(func, method: Method):
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"func.{name} must be callable, got {kind_of(callback)}")
     served = CALLBACKS if method.adaptive else CALLBACKS[:1]
+    if method.family == "scipy":
+        served = CALLBACKS[1:2]  # SciPy tells of a step when it is done
     refused = {
         name for name, callback in zip(CALLBACKS, found) if callback is not None and name not in served
     }

@@ -17,7 +17,7 @@ from ..control import Controller
 from ..methods import METHODS
 from ..options import flag
 from ..problem import Problem
-from .reference import combine
+from .element import combine
 
 # Read here: torch.compile does not trace cached properties.
 _NUMBERS = {
