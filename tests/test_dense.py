@@ -12,6 +12,10 @@ import torch
 from problems import EXPLICIT, Counted, Net, Spiral, growth, growth_solution, twisted, twisted_solution
 
 import flashode
+from flashode.augmented import Path
+from flashode.dense import dense_output
+from flashode.problem import Problem
+from flashode.solution import Outcome
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:rtol is 1000"),
@@ -455,6 +459,33 @@ def test_forward_mode():
     torch.testing.assert_close(by_t, growth(t, value(y0, t)), rtol=1e-4, atol=1e-5)
     _, by_y = torch.func.jvp(lambda y0: value(y0, t), (y0,), (torch.ones_like(y0),))
     torch.testing.assert_close(by_y, value(y0, t), rtol=1e-5, atol=1e-6)
+
+
+def test_torch_func():
+    sol = flashode.odeint_dense(growth, torch.ones(2, dtype=F64), 0.0, 1.0)
+    t = torch.tensor(0.6, dtype=F64)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(sol)(t), sol.derivative(t))
+    with pytest.raises(flashode.ArgumentError, match="vmap hides the times; call sol with the Tensor of all"):
+        torch.func.vmap(sol)(t.expand(3))
+
+
+@BACKWARD
+def test_whatever_records_its_steps_is_served(backward):
+    """Engines hand over one polynomial a step; here, y = t^2 from t = 1 on, in two of them."""
+    direction = -1.0 if backward else 1.0
+    t = direction * torch.tensor([1.0, 2.0, 4.0], dtype=F64)
+    problem = Problem.from_call(lambda t, y: 2 * t, t[0] ** 2, t, 1e-3, 1e-3, None, None, None)
+    path = Path()
+    for t0, t1 in ((1.0, 2.5), (2.5, 4.0)):
+        h = t1 - t0
+        path.add(t0, t1, torch.tensor([t0 * t0, 2 * t0 * h, h * h, 0.0], dtype=F64))
+    sol = dense_output(problem, path, Outcome(flashode.Status.SUCCESS, t * t))
+    at = direction * (1 + 3 * torch.rand(5, dtype=F64))
+    torch.testing.assert_close(sol(at), at * at)
+    torch.testing.assert_close(sol.derivative(at), 2 * at)
+    torch.testing.assert_close(sol.derivative(t[-1]), 2 * t[-1])
+    assert repr(sol) == f"DenseOutput(t = {t[0]:g} … {t[-1]:g}, state (); 2 polynomials of degree 3)"
 
 
 def test_one_step_after_another_without_reference_cycles(engine):
