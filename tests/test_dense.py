@@ -404,6 +404,39 @@ def test_it_ends_at_the_event(backward):
     assert fired.sol.t0 == fired.sol.t1 == 0 and fired.sol(0.0) == 0
 
 
+def test_gradients_at_the_event():
+    """At the event's own time, which moves with the solution, sol has the gradients of ys."""
+    w = torch.tensor(1.3, dtype=F64, requires_grad=True)
+    y0 = torch.tensor([0.2, 0.1], dtype=F64, requires_grad=True)
+    solution = flashode.solve(
+        lambda t, y: w * torch.stack([torch.cos(t) + y[1], -y[0]]), y0, torch.tensor([0.0, 1.0], dtype=F64),
+        event_fn=lambda t, y: y[0] - 0.7, dense=True,
+    )  # fmt: skip
+    ours, theirs = (
+        torch.autograd.grad(y[1], (w, y0), retain_graph=True)
+        for y in (solution.sol(solution.event_t), solution.ys[1])
+    )
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_solves_that_meet_no_event(method):
+    """They are covered up to ``until``, or up to the step at which they failed."""
+    y0, t, options = torch.ones(1, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64), steps_of(method)
+    never = flashode.Event(lambda t, y: y + 1, until=3.0)
+    ended = flashode.solve(growth, y0, t, event_fn=never, method=method, options=options, dense=True)
+    assert ended.sol.t1 == 3 and torch.equal(ended.sol(3.0), ended.ys[-1])
+    failed = flashode.solve(
+        lambda t, y: torch.where(t < 1.5, growth(t, y), math.nan), y0, t, event_fn=never, method=method,
+        options=options, dense=True, throw=False,
+    )  # fmt: skip
+    assert (
+        not failed.status.ok and failed.sol.t1 == failed.stats.accepted_times[-1] and 1 < failed.sol.t1 < 1.6
+    )
+    assert failed.sol(failed.sol.t1).isfinite()
+
+
 def test_a_failed_solve_is_covered_as_far_as_it_came(engine):
     blows_up = flashode.solve(
         lambda t, y: y * y, torch.ones(1, dtype=F64), torch.tensor([0.0, 0.5, 2.0], dtype=F64),

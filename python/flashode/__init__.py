@@ -1,8 +1,9 @@
 """flashode: ordinary differential equations for PyTorch, a drop-in for torchdiffeq."""
 
-from .api import explain, odeint, odeint_adjoint, odeint_dense, solve
+from .api import explain, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .dense import DenseOutput
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
+from .events import Event
 from .extension import build_config
 from .gradient_check import GradientReport, GradientRow, check_gradients
 from .solution import Solution, Stats
@@ -13,6 +14,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "DenseOutput",
+    "Event",
     "GradientReport",
     "GradientRow",
     "GradientWarning",
@@ -26,5 +28,6 @@ __all__ = [
     "odeint",
     "odeint_adjoint",
     "odeint_dense",
+    "odeint_event",
     "solve",
 ]

@@ -53,8 +53,6 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
             vjp_t = vjp_t - grad_t.sum()  # moving every time does not move the outputs
     if needs_t:
         grad_t[0] = vjp_t
-        if record.problem.event_fn is not None:
-            grad_t[1:] = 0  # the event found its own time
     return adj_y, grad_t, adj_params
 
 
