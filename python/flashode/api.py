@@ -88,8 +88,8 @@ def solve(
             a `DenseOutput`. Methods whose interpolant takes more evaluations (`dopri8`: 3,
             ``interp="cubic"``: 1) then make them in every step.
 
-    With ``event_fn`` the result says which event fired and when, or that ``until`` came first, and
-    both ``event_t`` and ``ys`` have all gradients that `odeint_event` gives them.
+    With ``event_fn`` the result says which event fired and when, or that ``until`` came first, and both
+    ``event_t`` and ``ys`` have all gradients that `odeint_event` gives them.
 
     Example:
         >>> solution = solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), dense=True)
@@ -100,7 +100,8 @@ def solve(
     if tree is not None:
         func, y0 = tree.field(func), tree.members(y0, "y0")
         rtol, atol = tree.tolerance("rtol", rtol), tree.tolerance("atol", atol)
-        options, event_fn = tree.options(options), tree.events(event_fn)
+        options = tree.options(options)
+        event_fn = tuple(replace(e, fn=tree.reader(e.fn, place=1)) for e in events_of(event_fn)) or None
     problem, solution = _solve(
         func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense
     )
@@ -114,13 +115,6 @@ def solve(
         if dense:
             solution.dense = replace(solution.dense, tree=tree)
     return solution
-
-
-def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
-    if problem.adaptive and event_fn is None:
-        warn_of_idle_stops(options, problem.t)
-    return problem
 
 
 def odeint_dense(
@@ -162,6 +156,13 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, pro
     if dense:
         solution.dense = dense_output(problem, path, outcome)
     return problem, solution
+
+
+def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    if problem.adaptive and event_fn is None:
+        warn_of_idle_stops(options, problem.t)
+    return problem
 
 
 def _returned(event_fn, problem: Problem, solution: Solution):

@@ -159,6 +159,21 @@ def forward_times(t, name) -> tuple[list[float], float]:
     return forward, direction
 
 
+def initial_time(t0, y0) -> torch.Tensor:
+    """The time at which a solve begins as a 0-d tensor; a number takes the state's precision."""
+    if isinstance(t0, torch.Tensor):
+        if not t0.is_floating_point():
+            raise ArgumentTypeError(f"t0 must be a number or a floating point Tensor, got {t0.dtype}")
+        if t0.numel() != 1:
+            raise ArgumentError(f"t0 must have one element, got shape {tuple(t0.shape)}")
+        return t0.reshape(())
+    number = real_number(t0)
+    if number is None:
+        raise ArgumentTypeError(f"t0 must be a number or a Tensor of one element, got {kind_of(t0)}")
+    flat, _, _ = flat_state(y0)
+    return torch.tensor(number, dtype=_wide(flat), device=flat.device)
+
+
 def joined_times(t0, t1) -> torch.Tensor:
     """The ends of an interval, numbers or Tensors of one element, as ``t``; equal ones are one time."""
     like = [end for end in (t0, t1) if isinstance(end, torch.Tensor)]
@@ -174,21 +189,6 @@ def joined_times(t0, t1) -> torch.Tensor:
     dtype = torch.promote_types(*(end.dtype for end in ends))
     t = torch.stack([end.to(dtype) for end in ends])
     return t[:1] if t[0] == t[1] else t
-
-
-def initial_time(t0, y0) -> torch.Tensor:
-    """The time at which a solve begins as a 0-d tensor; a number takes the state's precision."""
-    if isinstance(t0, torch.Tensor):
-        if not t0.is_floating_point():
-            raise ArgumentTypeError(f"t0 must be a number or a floating point Tensor, got {t0.dtype}")
-        if t0.numel() != 1:
-            raise ArgumentError(f"t0 must have one element, got shape {tuple(t0.shape)}")
-        return t0.reshape(())
-    number = real_number(t0)
-    if number is None:
-        raise ArgumentTypeError(f"t0 must be a number or a Tensor of one element, got {kind_of(t0)}")
-    flat, _, _ = flat_state(y0)
-    return torch.tensor(number, dtype=_wide(flat), device=flat.device)
 
 
 def tolerance(name, value, y0, sizes):

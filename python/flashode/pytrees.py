@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_structure
 
 from .arguments import CALLBACKS, kind_of, real_number
 from .errors import ArgumentError, ArgumentTypeError
-from .events import events_of
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,6 @@ class Tree:
             return function(*args[:place], self.rebuild(args[place]), *args[place + 1 :])
 
         return of_tuple
-
-    def events(self, event_fn):
-        """A caller's events for tuple states."""
-        if event_fn is None:
-            return None
-        return tuple(replace(event, fn=self.reader(event.fn, place=1)) for event in events_of(event_fn))
 
     def tolerance(self, name: str, value):
         """One for all, or the tuple of those in a structure like y0's."""
