@@ -438,7 +438,8 @@ void Run::extend(const Step& step) {
 
 // y0 + dt * basis weights^T k with the graph of all of them: one row for each of the basis, which
 // holds factors of the weights' coefficients of x, x^2, ...
-at::Tensor Run::recorded_rows(const Step& step, const at::Tensor& y0, const at::Tensor& basis) const {
+at::Tensor Run::recorded_rows(const Step& step, const at::Tensor& y0,
+                              const at::Tensor& basis) const {
   at::Tensor signed_dt = at::tensor(direction_ * step.dt, at::kDouble);
   if (stretch_.defined()) signed_dt = signed_dt.add(stretch_.mul(direction_));
   const int64_t stages = int64_t(dense_.stage.size());
