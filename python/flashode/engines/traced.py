@@ -17,10 +17,12 @@ from ..control import Controller
 from ..methods import METHODS
 from ..options import flag
 from ..problem import Problem
-from .reference import combine
+from .element import combine
 
 # Read here: torch.compile does not trace cached properties.
-_NUMBERS = {name: method.tableau.numbers[:3] for name, method in METHODS.items() if not method.adaptive}
+_NUMBERS = {
+    name: method.tableau.numbers[:3] for name, method in METHODS.items() if method.family == "explicit"
+}
 
 
 def serves(func, method, options, event_fn, engine) -> bool:
