@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashode
 from flashode import extension
+from flashode.methods import METHODS
 
 F64 = torch.float64
 pytestmark = [
@@ -564,6 +565,28 @@ def test_contexts_around_a_solve_change_nothing(engine, net, y0, method, mode, a
             found.append((ys, *torch.autograd.grad(ys, inputs, weights)))
     assert torch.equal(found[0][0], found[1][0])
     same(found[1], found[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_device_is_no_part_of_any_method(y0, method):
+    """Nothing that a method makes for itself may land on a device that is not the state's."""
+    if METHODS[method].family == "scipy":
+        pytest.importorskip("scipy")
+    y0, t = y0.detach(), torch.linspace(0.1, 0.4, 4, dtype=F64)
+    call = dict(method=method, rtol=1e-4, atol=1e-6)
+    expected = flashode.odeint(growth, y0, t, **call)
+    with torch.device("meta"):
+        ys = flashode.odeint(growth, y0, t, **call)
+    assert torch.equal(ys, expected)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_the_default_device_is_no_part_of_dense_output(y0, method):
+    sol = flashode.odeint_dense(growth, y0.detach(), 0.1, 0.9, method=method)
+    expected = sol(0.3)
+    with torch.device("meta"):
+        sol = flashode.odeint_dense(growth, y0.detach(), 0.1, 0.9, method=method)
+        assert torch.equal(sol(0.3), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
