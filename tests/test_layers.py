@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python/flashode"
 
 # A module imports from modules further up only.
 LAYERS = [
-    ["errors", "tableau", "control", "extension"],
+    ["errors", "tableau", "control", "extension", "outside", "vjp"],
     ["interp", "transforms", "methods/options"],
     ["methods/explicit", "methods/implicit", "methods/adams"],
     ["methods/__init__"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["engines/stages"],
     ["dense", "engines/reference_events"],
     ["engines/reference", "engines/native"],
-    ["engines/reference_sweep", "engines/adams", "engines/scipy_solver"],
+    ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/scipy_solver"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart", "adjoint/first_only"],
     ["adjoint/reached"],

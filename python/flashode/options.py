@@ -174,7 +174,7 @@ def _times_of(options, name) -> list[float]:
     try:
         if isinstance(values, torch.Tensor) and values.is_complex():
             raise TypeError("complex times")
-        values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1).tolist()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
     if any(math.isnan(v) for v in values):
@@ -257,7 +257,7 @@ def even_grid(clock, times, step_size):
         )
     # A quotient that is whole up to rounding must not add a step of no length.
     whole = max(1, math.ceil(steps * (1 - 4 * torch.finfo(torch.float64).eps))) if len(times) > 1 else 0
-    inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64)
+    inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64, device=clock.device)
     return torch.cat([inner, clock[-1:]])
 
 

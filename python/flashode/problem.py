@@ -101,7 +101,7 @@ class Problem:
             self.t.requires_grad or (self.grid is not None and self.grid.requires_grad)
         )
 
-    @cached_property
+    @property  # not cached, or torch.compile could not trace it
     def offsets(self) -> list[int]:
         """Where each member of the state begins in the flat state, and the end."""
         sizes = [self.y0.numel()] if self.shapes is None else [s.numel() for s in self.shapes]
@@ -272,5 +272,5 @@ def _round_up(x: float, dtype: torch.dtype) -> float:
     if dtype == torch.float32:  # NumPy takes a microsecond where tensors take ten, once a solve
         rounded = np.float32(x)
         return float(rounded if float(rounded) >= x else np.nextafter(rounded, np.float32(np.inf)))
-    rounded = torch.tensor(x, dtype=dtype)
+    rounded = torch.tensor(x, dtype=dtype, device="cpu")
     return (rounded if rounded.item() >= x else torch.nextafter(rounded, rounded.new_tensor(math.inf))).item()

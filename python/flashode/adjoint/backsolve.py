@@ -127,7 +127,7 @@ def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
 
 def _grid_through(problem: Problem) -> torch.Tensor:
     """Steps of the given size from every output to the next."""
-    clock = torch.tensor(problem.times, dtype=torch.float64)
+    clock = torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     step_size = problem.control.max_step
     grids = [even_grid(clock[i : i + 2], problem.times[i : i + 2], step_size) for i in range(len(clock) - 1)]
     return torch.cat([clock[:1], *(grid[1:] for grid in grids)])

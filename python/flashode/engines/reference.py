@@ -60,9 +60,9 @@ def version_of(y):
 def stage_time(p: Problem, t, shift=None, nudge=0):
     """The 0-d tensor that func sees, rounded once and kept inside the interval."""
     low, high = p.time_bounds
-    x = torch.tensor(t, dtype=p.time_dtype)
+    x = torch.tensor(t, dtype=p.time_dtype, device="cpu")
     if nudge:
-        x = torch.nextafter(x, torch.tensor(nudge * math.inf, dtype=p.time_dtype))
+        x = torch.nextafter(x, torch.full_like(x, nudge * math.inf))
     x = (p.direction * x.clamp(low, high)).to(p.y0.device)
     return x if shift is None else x + (p.direction * shift).to(x)
 
@@ -364,7 +364,7 @@ class Run:
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
         dense, dt = self.p.dense, step.dt
-        times = torch.tensor(times, dtype=torch.float64)
+        times = torch.tensor(times, dtype=torch.float64, device="cpu")
         x = (times - step.t0) / (step.t1 - step.t0)
         if step.shift0 is not None:
             # The same quotient, with the gradients of the three times in it.
