@@ -404,6 +404,18 @@ def test_other_methods_do_not_take_the_options():
 
 
 @NAMES
+def test_the_solution_between_its_outputs(method):
+    t, inner = torch.linspace(0, 1.5, 65, **F64), torch.linspace(0, 1.5, 101, **F64)
+    options = {"interp": "cubic", "max_order": 6}
+    solution = flashode.solve(growth, torch.ones(1, **F64), t, method=method, options=options, dense=True)
+    exact = growth_solution(inner)[:, None]
+    torch.testing.assert_close(solution.sol(inner), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        solution.sol.derivative(inner), growth(inner[:, None], exact), rtol=1e-4, atol=1e-4
+    )
+
+
+@NAMES
 @pytest.mark.parametrize("size", [0, 1])
 def test_small_states_and_single_times(method, size):
     y0 = torch.ones(size, **F64)

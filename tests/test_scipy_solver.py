@@ -74,6 +74,22 @@ def test_outputs_do_not_change_the_steps(solver):
 
 
 @SOLVER
+@BACKWARD
+def test_the_solution_between_its_outputs(solver, backward):
+    """SciPy's dense output, step by step: at the outputs what they are, elsewhere to tolerance."""
+    t, inner = torch.linspace(0, 1.5, 16, **F64), torch.linspace(0, 1.5, 101, **F64)
+    solution = run(
+        growth, torch.ones(2, **F64), t.flip(0) if backward else t, solver, rtol=1e-7, atol=1e-8, dense=True
+    )
+    exact = torch.exp(torch.sin(inner) - torch.sin(solution.ts[0]))[:, None].expand(-1, 2)
+    torch.testing.assert_close(solution.sol(solution.ts), solution.ys, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(solution.sol(inner), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        solution.sol.derivative(inner), growth(inner[:, None], exact), rtol=2e-3, atol=2e-3
+    )
+
+
+@SOLVER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_narrow_states_are_solved_in_float64(solver, dtype):
     """The field sees the state's dtype, SciPy only float64."""
