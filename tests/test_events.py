@@ -537,6 +537,24 @@ def test_an_event_at_the_start_moves_with_what_makes_it_one(name):
     assert [g.item() for g in grads] == [1.0, 100 - 0.25, 10 + 0.25]
 
 
+def test_structures_and_dense_output():
+    """A dict as the state, and the solution as a function of time up to the event."""
+    height = f64(2)[0].requires_grad_()
+
+    def field(t, y):
+        return {"x": y["v"], "v": torch.full_like(y["v"], -G)}
+
+    y0 = {"x": height, "v": f64(5)[0]}
+    solution = solve(field, y0, FORWARD, event_fn=[Event(lambda t, y: y["x"], direction=-1)], dense=True)
+    torch.testing.assert_close(solution.event_t, landing(height, 5.0)[0], rtol=1e-8, atol=0)
+    ours, theirs = (torch.autograd.grad(x, height)[0] for x in (solution.event_t, landing(height, 5.0)[0]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=0)
+    t = solution.event_t.detach()
+    torch.testing.assert_close(solution.sol(t)["v"], solution.ys["v"][-1], rtol=1e-12, atol=0)
+    with pytest.raises(ArgumentError, match="outside the solved interval"):
+        solution.sol(t + 0.1)
+
+
 def test_without_event_the_time_is_a_constant():
     throw = Throw()
     event_t, ys = odeint_event(
