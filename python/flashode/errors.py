@@ -11,7 +11,8 @@ class Status(enum.IntEnum):
 
     NONFINITE_ERROR: the error relative to the tolerance is not finite although the state and its
     slopes are, as where ``atol`` is 0 and the state vanishes. NONCONVERGENCE: the equations of an
-    implicit method's stages could not be solved, however short the step where it may be shortened.
+    implicit step could not be solved, however short the step where it may be shortened.
+    NO_EVENT: the end given as ``until`` was reached, and none of the events was met.
     """
 
     SUCCESS = 0
@@ -22,10 +23,11 @@ class Status(enum.IntEnum):
     EVENT = 5
     NONFINITE_ERROR = 6
     NONCONVERGENCE = 7
+    NO_EVENT = 8
 
     @property
     def ok(self) -> bool:
-        return self in (Status.SUCCESS, Status.EVENT)
+        return self in (Status.SUCCESS, Status.EVENT, Status.NO_EVENT)
 
 
 class ArgumentError(ValueError, AssertionError):

@@ -47,7 +47,8 @@ class Dense:
     @cached_property
     def matrix(self) -> torch.Tensor:
         """``weights`` as a float64 tensor of shape (stages, degree)."""
-        return torch.tensor([[float(w) for w in w_j] for w_j in self.weights], dtype=torch.float64)
+        rows = [[float(w) for w in w_j] for w_j in self.weights]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _unit(j: int, s: int) -> Row:
@@ -110,5 +111,5 @@ def weights_at(dense: Dense, x):
 
     ``x``: float64 tensor of shape (M,); returns (M, stages), differentiable in ``x``.
     """
-    powers = x[:, None] ** torch.arange(1, dense.degree + 1, dtype=x.dtype)
+    powers = x[:, None] ** torch.arange(1, dense.degree + 1, dtype=x.dtype, device=x.device)
     return powers @ dense.matrix.T

@@ -11,6 +11,7 @@ from .arguments import forward_times, kind_of, nearest, real_number
 from .control import Controller
 from .errors import ArgumentError, ArgumentTypeError
 from .methods import Method
+from .methods.adams import LEAST_SLOPES, MAX_ORDER
 
 # torchdiffeq's default of 2**31 - 1 lets a stiff problem run for days; this is an order of
 # magnitude beyond what any DETEST problem takes at tolerance 1e-12.
@@ -18,6 +19,11 @@ MAX_NUM_STEPS = 100_000
 
 # Grids are held in memory; this one takes 800 MB.
 MAX_GRID = 100_000_000
+
+# Iterations of Newton's method in steps whose length is prescribed.
+NEWTON = 100
+
+SCIPY_SOLVERS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
 
 def known_options(options, method: Method) -> dict:
@@ -52,8 +58,8 @@ def _number(options, name, default, *, low=0.0, high=math.inf, strict=False, fin
     return number
 
 
-def _whole(options, name, default) -> int:
-    limit = min(_number(options, name, default, low=1, finite=False), 2**31 - 1)
+def _whole(options, name, default, high=math.inf) -> int:
+    limit = min(_number(options, name, default, low=1, high=high, finite=False), 2**31 - 1)
     if limit != int(limit):
         raise ArgumentError(f"options[{name!r}] must be a whole number, got {limit}")
     return int(limit)
@@ -100,8 +106,21 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         "overshoot": overshoot,
         "norm": norm,
         "stops": _stops(options, begin, direction),
+        **(_scipy_fields(options) if method.family == "scipy" else {}),
         "max_iters": _whole(options, "max_iters", 10),
     }
+
+
+def _scipy_fields(options) -> dict:
+    solver = options.get("solver", "LSODA")
+    if not isinstance(solver, str) or solver not in SCIPY_SOLVERS:
+        raise ArgumentError(
+            f"options['solver'] must be one of {list(SCIPY_SOLVERS)}, got {kind_of(solver)}."
+            + nearest(solver, SCIPY_SOLVERS)
+        )
+    if options.get("min_step") and solver != "LSODA":
+        warnings.warn(f"scipy_solver: options['min_step'] is for LSODA, {solver} takes none: ignored.")
+    return {"solver": solver}
 
 
 # Söderlind's PI.4.2 (ACM TOMS 29, 2003, table III), and the PID controller of Kennedy and Carpenter (Appl. Numer.
@@ -155,7 +174,7 @@ def _times_of(options, name) -> list[float]:
     try:
         if isinstance(values, torch.Tensor) and values.is_complex():
             raise TypeError("complex times")
-        values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1).tolist()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
     if any(math.isnan(v) for v in values):
@@ -180,7 +199,9 @@ def warn_of_idle_stops(options, t):
             )
 
 
-def fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
+def fixed_fields(options, method: Method, func, y0, t, times, direction, until) -> dict:
+    """``until`` is the forward time at which a solve until an event ends, inf for none; None for other
+    solves."""
     interp = options.get("interp", "linear")
     if not isinstance(interp, str) or interp not in ("linear", "cubic"):
         raise ArgumentError(
@@ -190,13 +211,15 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
     constructor = options.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
-    if event_fn is not None and step_size is None:
+    if until is not None and step_size is None:
         raise ArgumentError(
             "Event handling for fixed step solvers currently requires `step_size` to be provided in options."
         )
     clock = direction * t.to("cpu", torch.float64)
-    if event_fn is not None:
-        grid = clock[:1]
+    if until == math.inf:
+        grid = clock[:1]  # steps go on from there
+    elif until is not None:
+        grid = even_grid(torch.cat([clock[:1], clock.new_tensor([until])]), [times[0], until], step_size)
     elif step_size is not None:
         grid = even_grid(clock, times, step_size)
     elif constructor is not None:
@@ -209,8 +232,16 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
         "grid": grid,
         "steps_on_times": grid is clock,
         "perturb": flag(options, "perturb"),
-        "max_iters": _whole(options, "max_iters", 100),
+        "max_iters": _whole(options, "max_iters", NEWTON),
+        **(_adams_fields(options) if method.family == "adams" else {}),
     }
+
+
+def _adams_fields(options) -> dict:
+    max_order = _whole(options, "max_order", MAX_ORDER, MAX_ORDER)
+    if max_order <= LEAST_SLOPES:
+        warnings.warn(f"max_order is below {LEAST_SLOPES + 1}, so the solver reduces to `rk4`.")
+    return {"max_order": max_order, "corrections": _whole(options, "max_iters", 4), "max_iters": NEWTON}
 
 
 def even_grid(clock, times, step_size):
@@ -226,7 +257,7 @@ def even_grid(clock, times, step_size):
         )
     # A quotient that is whole up to rounding must not add a step of no length.
     whole = max(1, math.ceil(steps * (1 - 4 * torch.finfo(torch.float64).eps))) if len(times) > 1 else 0
-    inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64)
+    inner = clock[0] + step_size * torch.arange(whole, dtype=torch.float64, device=clock.device)
     return torch.cat([inner, clock[-1:]])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,10 +73,10 @@ def shown(problem, progress: bool, what: str = ""):
         yield problem
         return
     slot = 1 if problem.adaptive else 0  # the callback of accepted steps, or of all
-    begin, end = problem.times[0], None if problem.event_fn is not None else problem.times[-1]
+    begin, end = problem.times[0], problem.until if problem.events else problem.times[-1]
     bar = Progress(
         " ".join(filter(None, (problem.method.name, what))),
-        begin, end, problem.direction, problem.callbacks[slot],
+        begin, None if end == math.inf else end, problem.direction, problem.callbacks[slot],
     )  # fmt: skip
     callbacks = tuple(bar if i == slot else callback for i, callback in enumerate(problem.callbacks))
     try:

@@ -16,6 +16,7 @@ from ..engines import ENGINES
 from ..problem import Problem
 from ..progress import counted
 from ..solution import Landing
+from ..vjp import vector_jacobian_products
 from .apart import apart
 from .reached import warn_unlisted
 from .schedule import reversal, thinned
@@ -102,8 +103,6 @@ def differentiable_gradients(record: Record, grad_ys: torch.Tensor, given):
             # x - x.detach() is zero and has the gradient of x.
             clock = problem.direction * (record.t if t is None else t).to("cpu", torch.float64)
             shifts = points = clock - clock.detach()
-            if problem.event_fn is not None:
-                shifts = shifts[:1].expand(2)  # the event moves with the start
             if grid is not None:
                 points = grid - grid.detach()
         replay = _Replay(record, shifts, points)
@@ -141,7 +140,7 @@ class _Replay:
         if self.points is None:
             return None
         index = self.moved_by[point]
-        return torch.zeros((), dtype=torch.float64) if index is None else self.points[index]
+        return torch.zeros((), dtype=torch.float64, device="cpu") if index is None else self.points[index]
 
     def advance(self, state, start: int, stop: int):
         """The state that step ``stop`` begins with, from that of step ``start``; nothing is recorded."""
@@ -161,7 +160,7 @@ class _Sweep:
         self.compares = grad_ys.device.type == "cpu"  # on a GPU to look would be to wait
         shifts = points = None
         if needs_time:
-            shifts = points = torch.zeros(len(record.t), dtype=torch.float64).requires_grad_()
+            shifts = points = torch.zeros(len(record.t), dtype=torch.float64, device="cpu").requires_grad_()
             if not self.problem.adaptive:
                 points = torch.zeros_like(self.problem.grid).requires_grad_()
         self.needs_time = needs_time
@@ -184,10 +183,7 @@ class _Sweep:
         if self.examines:
             warn_unlisted(self.problem.func, outputs, inputs)
             self.examines = False
-        # The graph is kept: a part of it may belong to the caller and be walked again.
-        self.adj_y, *grads = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True
-        )
+        self.adj_y, *grads = vector_jacobian_products(outputs, inputs, cotangents)
         self.adj_f = None if f0 is None else grads.pop(0)
         for total, grad in zip(self.totals, grads):
             if grad is not None:
@@ -216,15 +212,14 @@ class _Sweep:
             return adj_y, None, adj_params, None
         of_times, of_points = self.totals[len(self.params) :]
         grad_t = (problem.direction * of_times).to(problem.t)
-        if problem.event_fn is not None:
-            grad_t = torch.stack([grad_t.sum(), torch.zeros_like(grad_t[0])])  # it moves with the start
         return adj_y, grad_t, adj_params, None if problem.adaptive else of_points
 
 
 def _moved_by(problem: Problem, steps):
     """Which time each end of a step moves with, which grid point for fixed steps; None: with none."""
     if not problem.adaptive:
-        return [0] * (len(steps) + 1) if problem.event_fn is not None else range(len(steps) + 1)
+        # Without an end the grid is the start alone, and every step moves with it.
+        return [0] * (len(steps) + 1) if len(problem.grid) == 1 else range(len(steps) + 1)
     moved_by = [0]
     for *_, landing in steps:
         moved_by.append({Landing.FREE: moved_by[-1], Landing.END: -1}.get(landing))
@@ -234,8 +229,8 @@ def _moved_by(problem: Problem, steps):
 def _with_outputs(record: Record) -> Problem:
     """The problem with the event, if there is one, as an output like any other."""
     problem = record.problem
-    if problem.event_fn is None:
+    if not problem.events:
         return problem
     # The step in which it lies was taken to its end: its stages may see times past the event.
     times = [problem.times[0], record.steps.event_t]
-    return replace(problem, event_fn=None, overshoot=True, t=record.t, times=times)
+    return replace(problem, events=(), overshoot=True, t=record.t, times=times)

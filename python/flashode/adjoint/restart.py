@@ -11,6 +11,7 @@ from ..engines import ENGINES, choose
 from ..problem import Problem
 from ..progress import counted
 from ..solution import finish
+from ..vjp import vector_jacobian_products
 from .reached import warn_unlisted
 from .spec import AdjointSpec, Record, take_callbacks
 
@@ -75,9 +76,7 @@ class _AugmentedField:
             grads = [None] * len(inputs)
             if reached:
                 outputs, cotangents = zip(*reached)
-                grads = torch.autograd.grad(
-                    outputs, inputs, cotangents, retain_graph=True, create_graph=with_graph, allow_unused=True
-                )
+                grads = vector_jacobian_products(outputs, inputs, cotangents, create_graph=with_graph)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
         slopes = slopes if with_graph else [s.detach() for s in slopes]
         return (grads.pop().to(vjp_t.dtype), *slopes, *grads)
@@ -110,5 +109,5 @@ def _spread(tol, field: _AugmentedField, params: int):
         )
     if len(tol) != field.members:
         return tol  # given for the augmented state itself
-    least = min(torch.as_tensor(part).min().item() for part in tol)
+    least = min(part.min().item() if isinstance(part, torch.Tensor) else part for part in tol)
     return (least, *tol, *tol, *([least] * params))
