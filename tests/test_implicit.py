@@ -360,7 +360,7 @@ def test_a_state_of_many_numbers_never_makes_a_matrix(name):
         (grad,) = torch.autograd.grad(y.sum(), y0)
     assert largest < 60 * y0.nbytes
     want = flashode.odeint(heat, y0.detach(), END, rtol=1e-4, atol=1e-4)[-1]
-    assert (y - want).abs().max() < 1e-3
+    assert (y - want).abs().max() < 2e-3
     assert torch.isfinite(grad).all() and 0.5 < grad.mean() < 1
 
 
