@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python/flashode"
 
+_SITE = "compat/site/torchdiffeq/"
+
 # A module imports from modules further up only.
 LAYERS = [
     ["errors", "tableau", "control", "events", "extension"],
@@ -31,7 +33,23 @@ LAYERS = [
     ["api"],
     ["gradient_check"],
     ["__init__"],
-    ["info"],
+    ["info", "compat/__init__"],
+    ["compat/__main__"],
+    # The package that is found as torchdiffeq.
+    *(
+        [f"{_SITE}_impl/{name}" for name in names.split()]
+        for names in (
+            "event_handling interp",
+            "misc",
+            "solvers",
+            "rk_common fixed_adams scipy_wrapper",
+            "fixed_grid dopri5 dopri8 tsit5 bosh3 adaptive_heun fehlberg2",
+            "odeint",
+            "adjoint",
+            "__init__",
+        )
+    ),
+    [f"{_SITE}__init__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The twins: the same functions in the same order in Python and C++.
@@ -51,13 +69,16 @@ def imports(path):
     name = path.relative_to(PACKAGE).with_suffix("").as_posix()
     package = name.split("/")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "flashode"):
+            names = (node.module or "").split(".") if node.module else []
             base = package[: len(package) - (node.level - 1)]
-            target = [*base, *(node.module or "").split(".")] if node.module else base
+            if not node.level:  # from outside the package, as `compat/site` is when it is found
+                base, names = [], names[1:]
+            target = [*base, *names]
             joined = "/".join(target)
             if joined in LEVEL:
                 yield joined
-            elif f"{joined}/__init__" in LEVEL and node.module:
+            elif f"{joined}/__init__" in LEVEL and names:
                 yield f"{joined}/__init__"
             else:
                 yield from ("/".join([*base, alias.name]) for alias in node.names)
