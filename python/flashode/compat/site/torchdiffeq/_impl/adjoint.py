@@ -1,7 +1,8 @@
 """The adjoint method: flashode's, and for solvers that a program put into `SOLVERS` one that calls those."""
 
-import flashode
 import torch
+
+import flashode
 from flashode.adjoint.spec import collect_params
 
 from .misc import (

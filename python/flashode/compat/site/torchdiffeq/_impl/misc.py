@@ -4,6 +4,7 @@ import warnings
 from enum import Enum
 
 import torch
+
 from flashode.arguments import CALLBACKS, flat_state, forward_times, method_named
 from flashode.control import Controller, first_guess, initial_step, next_step
 from flashode.engines.reference import scaled_error
@@ -54,7 +55,7 @@ def _select_initial_step(func, t0, y0, order, rtol, atol, norm, f0=None):
     h0 = first_guess(d0, d1)
     f1 = func(t0 + h0, y0 + h0 * f0)
     d2 = float(abs(norm((f1 - f0) / scale))) / h0
-    return torch.as_tensor(initial_step(h0, d1, d2, order + 1)).to(t0)
+    return torch.full_like(t0, initial_step(h0, d1, d2, order + 1))
 
 
 def _compute_error_ratio(error_estimate, rtol, atol, y0, y1, norm):
@@ -63,7 +64,7 @@ def _compute_error_ratio(error_estimate, rtol, atol, y0, y1, norm):
 
 def _optimal_step_size(last_step, error_ratio, safety, ifactor, dfactor, order):
     control = Controller(order=order, safety=float(safety), ifactor=float(ifactor), dfactor=float(dfactor))
-    return torch.as_tensor(next_step(float(error_ratio), float(last_step), control)).to(last_step)
+    return torch.full_like(last_step, next_step(float(error_ratio), float(last_step), control))
 
 
 # ---- times -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
+
 from flashode.engines.reference import Run, StepFailure, weighted_sum
 from flashode.interp import weights_at
 from flashode.methods import METHODS, Method
@@ -167,7 +168,7 @@ class RKAdaptiveStepsizeODESolver(AdaptiveStepsizeEventODESolver):
     def _adaptive_step(self, rk_state):
         """The next accepted step from the end of the last one."""
         run = self._run
-        run.t0, run.y0, run.f0, run.dt = float(rk_state.t1), rk_state.y1, rk_state.f1, float(rk_state.dt)
+        run.t0, run.y0, run.f0, run.dt = rk_state.t1.item(), rk_state.y1, rk_state.f1, rk_state.dt.item()
         step = self._guarded(run.adaptive_step)
         interp_coeff = self._interp_fit(
             step.y0, step.y1, torch.stack(step.k, dim=-1), self._time(step.dt, True)

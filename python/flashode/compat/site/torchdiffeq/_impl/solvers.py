@@ -2,8 +2,9 @@
 
 import abc
 
-import flashode
 import torch
+
+import flashode
 from flashode.errors import ArgumentError
 from flashode.options import MAX_NUM_STEPS, even_grid
 
