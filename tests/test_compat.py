@@ -706,7 +706,7 @@ def test_torchcde_gives_the_values_and_gradients_that_torchdiffeq_gives(layer, k
             z = torchcde.cdeint(control, Field(), z0, t, rtol=1e-6, atol=1e-8, **extra, **kwargs)
             results.append([z, *torch.autograd.grad(z[:, -1].square().sum(), [z0, x, *net.parameters()])])
     for found, expected in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
 
 
 @pytest_ignored
