@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from flashode.control import ELEMENTARY, Controller, next_step
+
 HERE = Path(__file__).parent / "cuda_on_host"
 KERNELS = Path(__file__).parents[1] / "csrc" / "kernels"
 
@@ -73,8 +75,11 @@ class Segment(ctypes.Structure):
 
 
 class Control(ctypes.Structure):
-    _fields_ = [("order", c_int)] + [
-        (name, c_double) for name in ("safety", "ifactor", "dfactor", "min_step", "max_step")
+    _fields_ = [
+        ("order", c_int),
+        *((name, c_double) for name in ("safety", "ifactor", "dfactor", "min_step", "max_step")),
+        ("betas", c_double * 3),
+        ("past", c_double * 2),
     ]
 
 
@@ -431,8 +436,10 @@ def test_one_scratch_serves_many_norms(host):
         assert norm(seed)[0] == pytest.approx(norm.case.error_norm(), rel=1e-14)
 
 
-def test_the_decision_is_that_of_control(host):
-    control = Control(5, 0.9, 10.0, 0.2, 1e-3, 2.0)
+@pytest.mark.parametrize("betas", [ELEMENTARY, (0.49, -0.34, 0.1)])
+def test_the_decision_is_that_of_control(host, betas):
+    control = Control(5, 0.9, 10.0, 0.2, 1e-3, 2.0, betas, (0.5, 0.25))
+    python = Controller(5, 0.9, 10.0, 0.2, 1e-3, 2.0, betas)
     for scale in (0.0, 1e-9, 1e-2, 1.0, 30.0, 1e9, math.nan):
         case = Case(torch.float64, 1000, 7, sizes=[600, 400], rtol=1.0, atol=1.0)
         case.coef *= scale
@@ -442,6 +449,7 @@ def test_the_decision_is_that_of_control(host):
             host.decision_of(norm, dt, ctypes.byref(control), ctypes.byref(expected))
             assert decision.accepted == expected.accepted
             assert decision.next_dt == expected.next_dt
+            assert expected.next_dt == pytest.approx(next_step(norm, dt, python, (0.5, 0.25)), rel=1e-14)
             np.testing.assert_equal([decision.error_ratio], [norm])
 
 

@@ -7,9 +7,13 @@
 
 namespace flashode {
 
+// The history of a solve travels with the constants, as kernels take both by value: `past` are the
+// error ratios of the last two accepted steps.
 struct Controller {
   int order = 1;
   double safety = 0.9, ifactor = 10, dfactor = 0.2, min_step = 0, max_step = INFINITY;
+  double betas[3] = {1, 0, 0};
+  double past[2] = {1, 1};
 };
 
 // What control makes of an attempted step.
@@ -59,12 +63,24 @@ FLASHODE_HD double next_step(double error_ratio, double dt, const Controller& co
   } else if (!is_finite(error_ratio)) {
     factor = control.dfactor;
   } else {
-    const double least = error_ratio < 1 ? 1.0 : control.dfactor;
-    factor = control.safety / pow(error_ratio, 1.0 / control.order);
+    const double *b = control.betas, *past = control.past;
+    const bool elementary = (b[0] == 1 && b[1] == 0 && b[2] == 0) || error_ratio > 1;
+    const double least = elementary && error_ratio < 1 ? 1.0 : control.dfactor;
+    const double filtered =
+        elementary ? error_ratio : pow(error_ratio, b[0]) * pow(past[0], b[1]) * pow(past[1], b[2]);
+    factor = control.safety / pow(filtered, 1.0 / control.order);
     factor = factor < least ? least : factor;
     factor = factor > control.ifactor ? control.ifactor : factor;
   }
   return clamp_step(dt * factor, control);
+}
+
+// The history after an accepted step. Ratios that ask for more than ifactor count as one that asks for
+// it: a step that was shortened to land on a time has next to no error, and says nothing.
+FLASHODE_HD void remember(double error_ratio, Controller& control) {
+  const double least = pow(control.safety / control.ifactor, control.order);
+  control.past[1] = control.past[0];
+  control.past[0] = error_ratio > least ? error_ratio : least;
 }
 
 FLASHODE_HD Decision decide(double error_ratio, double dt, const Controller& control) {

@@ -364,6 +364,7 @@ Step Run::adaptive_step() {
     error_ratio_ = decision.error_ratio;
     dt_ = decision.next_dt;
     if (decision.accepted) {
+      remember(error_ratio_, control_);
       report(on_accept_, dt);
       const Step step = commit(t1, dt, shift1, kind);
       f0_ = handed_on(kind);

@@ -3,6 +3,9 @@
 #include "problem.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "shown.h"
 
@@ -30,9 +33,15 @@ void* current_stream(c10::Device device) {
 
 Controller controller_of(const py::object& problem) {
   const py::object control = problem.attr("control");
-  return {control.attr("order").cast<int>(),       control.attr("safety").cast<double>(),
-          control.attr("ifactor").cast<double>(),  control.attr("dfactor").cast<double>(),
-          control.attr("min_step").cast<double>(), control.attr("max_step").cast<double>()};
+  const auto number = [&](const char* name) { return control.attr(name).cast<double>(); };
+  const auto betas = control.attr("betas").cast<std::array<double, 3>>();
+  return {control.attr("order").cast<int>(),
+          number("safety"),
+          number("ifactor"),
+          number("dfactor"),
+          number("min_step"),
+          number("max_step"),
+          {betas[0], betas[1], betas[2]}};
 }
 
 Tolerances tolerances_of(const py::object& problem) {

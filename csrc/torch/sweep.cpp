@@ -437,6 +437,7 @@ void Sweep::adaptive_step() {
       throw StepFailure{kNonfiniteField};
     }
   }
+  remember(error_ratio_, control_);
   report(on_accept_, dt);
   if (moved_ > 0) pull_back(end.t, dt);
   const bool on_output = times_[end.outputs - 1] == end.t;

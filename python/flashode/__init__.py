@@ -1,7 +1,8 @@
 """flashode: ordinary differential equations for PyTorch, a drop-in for torchdiffeq."""
 
-from .api import explain, odeint, odeint_adjoint, solve
+from .api import explain, odeint, odeint_adjoint, odeint_event, solve
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
+from .events import Event
 from .extension import build_config
 from .gradient_check import GradientReport, GradientRow, check_gradients
 from .solution import Solution, Stats
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "Event",
     "GradientReport",
     "GradientRow",
     "GradientWarning",
@@ -23,5 +25,6 @@ __all__ = [
     "explain",
     "odeint",
     "odeint_adjoint",
+    "odeint_event",
     "solve",
 ]

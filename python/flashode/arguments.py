@@ -156,6 +156,21 @@ def forward_times(t, name) -> tuple[list[float], float]:
     return forward, direction
 
 
+def initial_time(t0, y0) -> torch.Tensor:
+    """The time at which a solve begins as a 0-d tensor; a number takes the state's precision."""
+    if isinstance(t0, torch.Tensor):
+        if not t0.is_floating_point():
+            raise ArgumentTypeError(f"t0 must be a number or a floating point Tensor, got {t0.dtype}")
+        if t0.numel() != 1:
+            raise ArgumentError(f"t0 must have one element, got shape {tuple(t0.shape)}")
+        return t0.reshape(())
+    number = real_number(t0)
+    if number is None:
+        raise ArgumentTypeError(f"t0 must be a number or a Tensor of one element, got {kind_of(t0)}")
+    flat, _, _ = flat_state(y0)
+    return torch.tensor(number, dtype=_wide(flat), device=flat.device)
+
+
 def tolerance(name, value, y0, sizes):
     """A float, or a flat tensor with one entry per element of the state."""
     if sizes is None:

@@ -12,6 +12,7 @@ import torch
 from . import arguments
 from .errors import Status
 from .problem import Problem
+from .progress import Progress
 
 
 @dataclass
@@ -106,6 +107,9 @@ class Augmented:
 
     def report(self, callback, t0: float, vjp_t, y, adj_y, adj_params, dt: float):
         """Calls one of the caller's callbacks, if there is one, with ``(t0, augmented state, dt)``."""
+        if isinstance(callback, Progress):
+            callback.advance(t0, dt)
+            callback = callback.inner
         if callback is not None:
             t0, dt = (
                 torch.tensor(x, dtype=torch.float64, device=y.device)

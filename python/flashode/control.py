@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+ELEMENTARY = (1.0, 0.0, 0.0)
+
 
 @dataclass(frozen=True)
 class Controller:
-    """Bounds and constants of the elementary controller (Hairer, Nørsett, Wanner I, II.4).
+    """Bounds and constants of step-size control (Hairer, Nørsett, Wanner I, II.4).
 
-    ``order`` is the method's order; all sizes are positive and in units of ``t``.
+    ``order`` is the method's order; all sizes are positive and in units of ``t``. ``betas`` are the
+    exponents, in units of ``1/order``, of the error ratios of this step and the two accepted before it
+    (Söderlind, *Digital filters in adaptive time-stepping*, ACM TOMS 29, 2003); ``ELEMENTARY``, the
+    default, looks at this step alone.
     """
 
     order: int
@@ -19,6 +24,7 @@ class Controller:
     dfactor: float = 0.2
     min_step: float = 0.0
     max_step: float = math.inf
+    betas: tuple[float, float, float] = ELEMENTARY
 
 
 def first_guess(d0: float, d1: float) -> float:
@@ -49,17 +55,31 @@ def accept(error_ratio: float, dt: float, control: Controller) -> bool:
     return error_ratio <= 1 or dt <= control.min_step
 
 
-def next_step(error_ratio: float, dt: float, control: Controller) -> float:
-    """Size of the next trial: ``dt * safety * error_ratio**(-1/order)`` within bounds."""
+def next_step(error_ratio: float, dt: float, control: Controller, past=(1.0, 1.0)) -> float:
+    """Size of the next trial: ``dt * safety * error_ratio**(-1/order)`` within bounds, times powers of
+    the ratios of the last two accepted steps, ``past``, where the controller remembers them."""
     if error_ratio == 0:
         factor = control.ifactor
     elif not math.isfinite(error_ratio):
         factor = control.dfactor
-    else:
-        # An accepted step never shrinks the next one.
+    elif control.betas == ELEMENTARY or error_ratio > 1:
+        # An accepted step never shrinks the next one. What was refused is no part of the history that a
+        # filter smooths.
         least = 1.0 if error_ratio < 1 else control.dfactor
         factor = min(control.ifactor, max(control.safety / error_ratio ** (1.0 / control.order), least))
+    else:
+        b1, b2, b3 = control.betas
+        filtered = error_ratio**b1 * past[0] ** b2 * past[1] ** b3
+        factor = control.safety / filtered ** (1.0 / control.order)
+        factor = min(control.ifactor, max(factor, control.dfactor))
     return clamp_step(dt * factor, control)
+
+
+def remember(error_ratio: float, control: Controller, past):
+    """The history after an accepted step. Ratios that ask for more than ``ifactor`` count as one that asks
+    for it: a step that was shortened to land on a time has next to no error, and says nothing."""
+    least = (control.safety / control.ifactor) ** control.order
+    return max(error_ratio, least), past[0]
 
 
 def clamp_step(dt: float, control: Controller) -> float:

@@ -67,6 +67,7 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
         dfactor=_number(options, "dfactor", 0.2, high=1, strict=True),
         min_step=_number(options, "min_step", 0.0),
         max_step=_number(options, "max_step", math.inf, strict=True, finite=False),
+        betas=_betas(options),
     )
     if control.min_step > control.max_step:
         raise ArgumentError(
@@ -95,21 +96,35 @@ def adaptive_fields(options, method: Method, begin: float, direction: float) -> 
     }
 
 
+# Söderlind's PI.4.2 (ACM TOMS 29, 2003, table III), and the PID controller of Kennedy and Carpenter (Appl. Numer.
+# Math. 44, 2003), as their proportional, integral and derivative parts.
+_CONTROLLERS = {"i": (0.0, 1.0, 0.0), "pi": (0.2, 0.4, 0.0), "pid": (0.14, 0.25, 0.1)}
+
+
+def _betas(options) -> tuple[float, float, float]:
+    """Exponents of the error ratios of a step and the two before it."""
+    name = options.get("controller", "i")
+    if not isinstance(name, str) or name not in _CONTROLLERS:
+        raise ArgumentError(
+            f"options['controller'] must be one of {list(_CONTROLLERS)}, got {kind_of(name)}.{nearest(name, _CONTROLLERS)}"
+        )
+    p, i, d = (
+        _number(options, key, default, low=-math.inf)
+        for key, default in zip(("pcoeff", "icoeff", "dcoeff"), _CONTROLLERS[name])
+    )
+    if p + i + d <= 0 or i <= 0:
+        raise ArgumentError(
+            f"options: pcoeff={p}, icoeff={i}, dcoeff={d} do not control the step; icoeff and the sum of the "
+            "three must be positive"
+        )
+    return p + i + d, -p - 2 * d, d
+
+
 def _stops(options, begin, direction):
     """Times that steps must end on, ascending on the forward clock."""
     stops = []
     for name, is_jump in (("step_t", False), ("jump_t", True)):
-        values = options.get(name)
-        if values is None:
-            continue
-        try:
-            if isinstance(values, torch.Tensor) and values.is_complex():
-                raise TypeError("complex times")
-            values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
-        if any(math.isnan(v) for v in values):
-            raise ArgumentError(f"options[{name!r}] holds NaN")
+        values = _times_of(options, name)
         # parity: times before the start are dropped in silence.
         stops += [(direction * v, is_jump) for v in values if direction * v > begin]
     stops.sort()
@@ -118,7 +133,41 @@ def _stops(options, begin, direction):
     return tuple(stops)
 
 
-def fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
+def _times_of(options, name) -> list[float]:
+    values = options.get(name)
+    if values is None:
+        return []
+    try:
+        if isinstance(values, torch.Tensor) and values.is_complex():
+            raise TypeError("complex times")
+        values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
+    if any(math.isnan(v) for v in values):
+        raise ArgumentError(f"options[{name!r}] holds NaN")
+    return values
+
+
+def warn_of_idle_stops(options, t):
+    """Warns where none of the times to land on lies in the solve: they may be meant for another clock.
+
+    That some lie outside is no mistake: a path's jumps are given for every part of it that is solved.
+    """
+    for name in ("step_t", "jump_t"):
+        values = _times_of(options or {}, name)
+        if not values or len(t) == 1:
+            continue
+        ends = t[0].item(), t[-1].item()
+        if not any(min(ends) <= v <= max(ends) for v in values):
+            warnings.warn(
+                f"options[{name!r}]: none of its {len(values)} times lies between t[0] = {ends[0]} and t[-1] = {ends[1]}; "
+                "the solve will land on none"
+            )
+
+
+def fixed_fields(options, method: Method, func, y0, t, times, direction, until) -> dict:
+    """``until`` is the forward time at which a solve until an event ends, inf for none; None for other
+    solves."""
     interp = options.get("interp", "linear")
     if not isinstance(interp, str) or interp not in ("linear", "cubic"):
         raise ArgumentError(
@@ -128,13 +177,15 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
     constructor = options.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
-    if event_fn is not None and step_size is None:
+    if until is not None and step_size is None:
         raise ArgumentError(
             "Event handling for fixed step solvers currently requires `step_size` to be provided in options."
         )
     clock = direction * t.to("cpu", torch.float64)
-    if event_fn is not None:
-        grid = clock[:1]
+    if until == math.inf:
+        grid = clock[:1]  # steps go on from there
+    elif until is not None:
+        grid = even_grid(torch.cat([clock[:1], clock.new_tensor([until])]), [times[0], until], step_size)
     elif step_size is not None:
         grid = even_grid(clock, times, step_size)
     elif constructor is not None:

@@ -31,8 +31,11 @@ struct Operands {
 
 struct Control {
   int order;
-  double safety, ifactor, dfactor, min_step, max_step;
-  operator Controller() const { return {order, safety, ifactor, dfactor, min_step, max_step}; }
+  double safety, ifactor, dfactor, min_step, max_step, betas[3], past[2];
+  operator Controller() const {
+    return {order,    safety,   ifactor, dfactor, min_step, max_step, {betas[0], betas[1], betas[2]},
+            {past[0], past[1]}};
+  }
 };
 
 // ---- for the sum over a block, and for the emulator itself -----------------------------------

@@ -21,7 +21,7 @@ import sys
 import torch
 
 from ..augmented import Augmented, Gradients
-from ..control import accept, clamp_step, first_guess, initial_step, next_step
+from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
 from ..errors import Status
 from ..interp import weights_at
 from .reference import StepFailure, combine, mean_square_norm, scaled_error, stage_time, weighted_sum, wide
@@ -71,6 +71,7 @@ class Sweep:
         self.dt = self.error_ratio = math.nan
         self.k, self.adj_k, self.y1 = [], [], None
         self.nfe = self.accepted = self.rejected = self.trials = self.next_stop = 0
+        self.past = (1.0, 1.0)  # error ratios of the last two accepted steps
         self.drift, self.drift_t = 0.0, math.nan
 
     def outcome(self, status: Status) -> Gradients:
@@ -259,7 +260,7 @@ class Sweep:
                 weighted_sum(self.adj_k, [-signed * e_j for e_j in self.b_err]),
                 errors, y1, adj1, integrals1,
             )  # fmt: skip
-            self.dt = next_step(self.error_ratio, dt, p.control)
+            self.dt = next_step(self.error_ratio, dt, p.control, self.past)
             if accept(self.error_ratio, dt, p.control):
                 break
             self.rejected += 1
@@ -269,6 +270,7 @@ class Sweep:
             if not math.isfinite(self.error_ratio):
                 if dt <= p.control.min_step or not all(torch.isfinite(x).all() for x in first_slopes):
                     raise StepFailure(Status.NONFINITE_FIELD)
+        self.past = remember(self.error_ratio, p.control, self.past)
         g.report(on_accept, self.t0, self.integrals[0], self.y, self.adj, self.integrals[1:], dt)
         if self.moved:
             adj1, integrals1 = self.pull_back(t1, dt, adj1, integrals1)

@@ -24,6 +24,14 @@ OPTIONS = {
     "safety": Option(_ADAPTIVE, "part of the optimal step that is tried; default 0.9"),
     "ifactor": Option(_ADAPTIVE, "most that a step grows by; default 10"),
     "dfactor": Option(_ADAPTIVE, "most that a step shrinks by; default 0.2"),
+    "controller": Option(
+        _ADAPTIVE,
+        '`"i"` (default, torchdiffeq\'s), `"pi"` (PI.4.2) or `"pid"` step-size control, which also look at the '
+        "steps before and refuse fewer",
+    ),
+    "pcoeff": Option(_ADAPTIVE, "proportional part of the controller; see `controller`"),
+    "icoeff": Option(_ADAPTIVE, "integral part"),
+    "dcoeff": Option(_ADAPTIVE, "derivative part"),
     "norm": Option(
         (*_ADAPTIVE, *_FIXED),
         "of the scaled error, a callable; default: root mean square over the whole tensor, the largest over a "
