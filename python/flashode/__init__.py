@@ -1,6 +1,7 @@
 """flashode: ordinary differential equations for PyTorch, a drop-in for torchdiffeq."""
 
-from .api import explain, odeint, odeint_adjoint, odeint_event, solve
+from .api import explain, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from .dense import DenseOutput
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
 from .events import Event
 from .extension import build_config
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "DenseOutput",
     "Event",
     "GradientReport",
     "GradientRow",
@@ -25,6 +27,7 @@ __all__ = [
     "explain",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
     "odeint_event",
     "solve",
 ]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from . import event_gradients, transforms
 from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
-from .arguments import initial_time, kind_of
+from .arguments import initial_time, joined_times, kind_of
+from .augmented import Path
+from .dense import DenseOutput, dense_output
 from .engines import ENGINES, choose
 from .errors import ArgumentError, ArgumentTypeError, Status
 from .events import Inquiry, events_of
 from .options import warn_of_idle_stops
 from .problem import Problem
 from .progress import require_progress, shown
+from .pytrees import Tree
 from .solution import Solution, finish
 
 
@@ -66,28 +71,91 @@ def odeint(
 
 def solve(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
-    progress=False, throw=True,
+    progress=False, throw=True, dense=False,
 ) -> Solution:  # fmt: skip
     """`odeint` with the full result: times, values, status and statistics.
 
-    ``throw=False`` returns a failed solve in place of raising its `SolveError`: ``status`` names
-    the reason and the rows that were not reached are NaN. Arguments as for `odeint`. With
-    ``event_fn`` the result says which event fired and when, or that ``until`` came first, and both
+    Arguments as for `odeint`, and:
+
+    Args:
+        y0: also any structure that `torch.utils._pytree` knows: dicts, lists, tuples, named tuples
+            and registered classes of Tensors, nested. ``func`` is given that structure and returns
+            it; ``event_fn``, callbacks and ``options["norm"]`` are given it; ``ys`` has it; ``rtol``
+            and ``atol`` may have it. A `SolveError` counts its Tensors in their order.
+        throw: False returns a failed solve in place of raising its `SolveError`: ``status`` names
+            the reason and the rows that were not reached are NaN.
+        dense: whether to keep every step, for ``Solution.sol``: the solution as a function of time,
+            a `DenseOutput`. Methods whose interpolant takes more evaluations (`dopri8`: 3,
+            ``interp="cubic"``: 1) then make them in every step.
+
+    With ``event_fn`` the result says which event fired and when, or that ``until`` came first, and both
     ``event_t`` and ``ys`` have all gradients that `odeint_event` gives them.
 
     Example:
-        >>> solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0])).status.name
-        'SUCCESS'
+        >>> solution = solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), dense=True)
+        >>> solution.status.name, round(solution.sol(0.5).item(), 5)
+        ('SUCCESS', 0.60653)
     """
+    tree = Tree.of(y0)
+    if tree is not None:
+        func, y0 = tree.field(func), tree.members(y0, "y0")
+        rtol, atol = tree.tolerance("rtol", rtol), tree.tolerance("atol", atol)
+        options = tree.options(options)
+        event_fn = tuple(replace(e, fn=tree.reader(e.fn, place=1)) for e in events_of(event_fn)) or None
     problem, solution = _solve(
-        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense
     )
     if solution.status == Status.EVENT:
         solution.event_t, solution.ys = event_gradients.attach(
             problem, problem.events, solution.event_index, solution.event_t, solution.ys
         )
         solution.ts = torch.stack([problem.t[0], solution.event_t])
+    if tree is not None:
+        solution.ys = tree.rebuild(solution.ys)
+        if dense:
+            solution.dense = replace(solution.dense, tree=tree)
     return solution
+
+
+def odeint_dense(
+    func, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None, args=(), engine="auto",
+    progress=False,
+) -> DenseOutput:  # fmt: skip
+    """Integrates from ``t0`` to ``t1`` and returns the solution as a function of time.
+
+    Args:
+        t0, t1: numbers, or Tensors of one element, in either order; equal ones give a function
+            of that time alone. Gradients flow to them.
+        func, y0, rtol, atol, method, options, args, engine, progress: as for `solve`.
+
+    Returns:
+        `DenseOutput`, called as ``sol(t)`` with numbers or Tensors of times.
+
+    Raises:
+        As `odeint`.
+
+    Example:
+        >>> sol = odeint_dense(lambda t, y: -y, torch.ones(1), 0.0, 1.0)
+        >>> sol(torch.tensor([[0.0, 0.5]])).shape
+        torch.Size([1, 2, 1])
+    """
+    return solve(
+        func, y0, joined_times(t0, t1), rtol=rtol, atol=atol, method=method, options=options, args=args,
+        engine=engine, progress=progress, dense=True,
+    ).sol  # fmt: skip
+
+
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense=False):
+    require_progress(progress)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
+    name = choose(problem, engine)
+    path = Path() if dense else None
+    with shown(problem, progress) as watched:
+        outcome = ENGINES[name].solve(watched, path)
+    solution = finish(problem, outcome, name, throw)
+    if dense:
+        solution.dense = dense_output(problem, path, outcome)
+    return problem, solution
 
 
 def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
@@ -95,15 +163,6 @@ def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Proble
     if problem.adaptive and event_fn is None:
         warn_of_idle_stops(options, problem.t)
     return problem
-
-
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw):
-    require_progress(progress)
-    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
-    name = choose(problem, engine)
-    with shown(problem, progress) as watched:
-        outcome = ENGINES[name].solve(watched)
-    return problem, finish(problem, outcome, name, throw)
 
 
 def _returned(event_fn, problem: Problem, solution: Solution):

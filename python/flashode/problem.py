@@ -131,13 +131,7 @@ class Problem:
 
     def unflatten(self, y: torch.Tensor, batch: int = 0):
         """The caller's view of a flat state with ``batch`` leading dimensions."""
-        if self.shapes is None:
-            return y
-        lead, ends = y.shape[:batch], self.offsets
-        return tuple(
-            arguments.to_dtype(dtype, y[..., begin:end].reshape((*lead, *shape)))
-            for begin, end, shape, dtype in zip(ends, ends[1:], self.shapes, self.dtypes)
-        )
+        return y if self.shapes is None else members_of(y, self.offsets, self.shapes, self.dtypes, batch)
 
     def slope(self, value) -> torch.Tensor:
         """What ``func`` returned, checked and in the layout of ``y0``.
@@ -251,6 +245,14 @@ class Problem:
             args=args,
             **particular,
         )
+
+
+def members_of(y: torch.Tensor, offsets, shapes, dtypes, batch: int) -> tuple[torch.Tensor, ...]:
+    """The members of a flat tuple state with ``batch`` leading dimensions."""
+    return tuple(
+        arguments.to_dtype(dtype, y[..., begin:end].reshape((*y.shape[:batch], *shape)))
+        for begin, end, shape, dtype in zip(offsets, offsets[1:], shapes, dtypes)
+    )
 
 
 def _round_up(x: float, dtype: torch.dtype) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import SolveError, Status
 
@@ -48,6 +49,9 @@ class Solution:
         event_index: which event fired: its number, where the elements of all that the event functions
             return are counted from 0 in the order given. For a tuple of functions with one element each
             that is the place in the tuple. -1 where none fired.
+        sol: the `DenseOutput`, a function of time, of a solve with ``dense=True``.
+
+    A deep copy and a pickle hold the values without the graphs behind them.
     """
 
     ts: torch.Tensor
@@ -56,10 +60,24 @@ class Solution:
     stats: Stats
     event_t: torch.Tensor | None = None
     event_index: int = -1
+    dense: object = field(default=None, repr=False)
+
+    @property
+    def sol(self):
+        if self.dense is None:  # an AttributeError, so that hasattr and getattr answer
+            raise AttributeError(
+                "this Solution has values at its output times only; pass dense=True to solve for sol"
+            )
+        return self.dense
+
+    def __copy__(self):
+        return replace(self)
+
+    def __getstate__(self):
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, dict(vars(self)))
 
     def __repr__(self):
-        members = self.ys if isinstance(self.ys, tuple) else (self.ys,)
-        shapes = ", ".join(f"{tuple(y.shape)} {str(y.dtype)[6:]}" for y in members)
+        shapes = ", ".join(f"{tuple(y.shape)} {str(y.dtype)[6:]}" for y in tree_leaves(self.ys))
         s, first, last = self.stats, self.ts[0].item(), self.ts[-1].item()
         event = f" {self.event_index}" if self.event_index >= 0 else ""
         return (

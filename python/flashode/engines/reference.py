@@ -292,7 +292,7 @@ class Run:
         """Makes the candidate the state."""
         step = Step(self.t0, t1, dt, self.y0, self.y1, self.k, self.shift0, shift1)
         if self.recording is not None and self.recording.as_polynomials:
-            self.recording.add(self.t0, t1, self.polynomial(step))
+            self.recording.add(self.t0, t1, self.polynomial(step), self.shift0, shift1)
         elif self.recording is not None and self.recording.add(self.t0, t1, dt, kind):
             self.recording.hold(self.y0, self.k[0] if self.p.adaptive else None)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
@@ -330,10 +330,16 @@ class Run:
 
     def polynomial(self, step: Step):
         """y over the step: its value at the start, and the coefficients of x, x^2, ..."""
-        signed_dt = self.signed_dt(step)
-        step.k = self.extended(step)  # nothing is recorded here: the outputs may use them too
-        coefficients = [weighted_sum(step.k, row) for row in (self.p.dense.matrix.T * signed_dt).tolist()]
-        return torch.stack([step.y0, *(c.to(step.y0.dtype) for c in coefficients)])
+        p = self.p
+        step.k = self.extended(step)  # kept, because outputs in the step use them too
+        coef = p.dense.matrix.T * self.signed_dt(step)
+        rows = coef.tolist() if step.shift0 is None else coef
+        coefficients = [weighted_sum(step.k, row).to(step.y0.dtype) for row in rows]
+        # The extra stages were not seen by the error test.
+        if p.dense.extra_c and self.is_seen_nonfinite(torch.stack(coefficients)):
+            self.k = step.k
+            raise StepFailure(Status.NONFINITE_FIELD)
+        return torch.stack([step.y0, *coefficients])
 
     def is_seen_nonfinite(self, y):
         """Whether ``y`` is not finite, where that can be seen: a fixed-step solve on a GPU never waits
