@@ -237,8 +237,6 @@ def test_events_are_flashodes(layer):
     def rise(t, y):
         return torch.ones_like(y)
 
-    if not hasattr(flashode, "odeint_event"):
-        pytest.skip("flashode.odeint_event is not there")
     for interface in (layer.odeint, functools.partial(layer.odeint_adjoint, adjoint_params=())):
         y0, t0 = torch.zeros(1, dtype=torch.float64, requires_grad=True), double(0.0)
         event_t, ys = layer.odeint_event(
@@ -247,6 +245,30 @@ def test_events_are_flashodes(layer):
         assert abs(event_t.item() - 2) < 1e-8 and abs(ys[-1].item() - 2) < 1e-8
         event_t.backward()
         assert y0.grad.item() == pytest.approx(-1)
+
+
+def test_the_time_of_an_event_has_its_gradient(layer):
+    """torchdiffeq gives it a graph too, and a gradient of zero; the state is held at a fixed time in both."""
+    grads = []
+    for module in (layer, real):
+        y0 = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        event_t, ys = module.odeint_adjoint(
+            lambda t, y: 1 + 0 * y, y0, double([1.0, 2.0]), event_fn=lambda t, y: y[0] - 0.5,
+            adjoint_params=(), atol=1e-10,
+        )  # fmt: skip
+        assert event_t.item() == pytest.approx(1.5) and ys.shape == (2, 2)
+        grads.append(
+            [torch.autograd.grad(x, y0, retain_graph=True)[0].tolist() for x in (event_t, ys[-1].sum())]
+        )
+    assert grads == [[[-1, 0], [1, 1]], [[0, 0], [1, 1]]]
+    with pytest.raises(flashode.ArgumentError, match="len\\(t\\) == 2"):
+        layer.odeint_adjoint(growth, y0, TIMES, event_fn=lambda t, y: y[0] - 2, adjoint_params=())
+
+
+def test_dense_output_is_flashodes(layer):
+    y0 = torch.ones(2, dtype=torch.float64)
+    sol = layer.odeint_dense(growth, y0, double(0.0), double(1.0))
+    torch.testing.assert_close(sol(double(0.3)), torch.exp(torch.sin(double(0.3))) * y0)
 
 
 # ---- the table of solvers --------------------------------------------------------------------

@@ -4,6 +4,7 @@ import torch
 
 import flashode
 from flashode.adjoint.spec import collect_params
+from flashode.events import Inquiry
 
 from .misc import (
     _all_adjoint_callback_names,
@@ -31,9 +32,29 @@ def odeint_adjoint(
     )  # fmt: skip
     if not (_is_ours(method) and _is_ours(method if adjoint_method is None else adjoint_method)):
         return _by_registered_solver(func, y0, t, forward, backward)
-    result = flashode.odeint_adjoint(func, y0, t, **forward, **backward)
+    finds_event = event_fn is not None and isinstance(t, torch.Tensor) and t.shape == (2,)
+    solve = _until_event if finds_event and not isinstance(event_fn, Inquiry) else flashode.odeint_adjoint
+    result = solve(func, y0, t, **forward, **backward)
     _show_options(result if event_fn is None else result[1], y0, options, adjoint_options)
     return result
+
+
+def _until_event(func, y0, t, **kwargs):
+    """The state as at a fixed time, as torchdiffeq has it, and the event's time with its gradient.
+
+    parity: programs call ``event_t.backward()``. torchdiffeq's own is zero there, which would mislead.
+    """
+    result = None
+
+    def interface(*args, **kwargs):
+        nonlocal result
+        result = flashode.odeint_adjoint(*args, **kwargs)
+        return result
+
+    event_t, _ = flashode.odeint_event(
+        func, y0, t[0], reverse_time=bool(t[0] > t[1]), odeint_interface=interface, **kwargs
+    )
+    return event_t, result[1]
 
 
 # ---- the options of a backward solve, in view ------------------------------------------------
@@ -61,6 +82,8 @@ class _ShownOptions(dict):
 
 
 def _show_options(solution, y0, options, adjoint_options):
+    if not isinstance(solution, (torch.Tensor, tuple)):  # a structure that torchdiffeq knows nothing of
+        return
     node = (solution[0] if isinstance(solution, tuple) else solution).grad_fn
     while node is not None and not hasattr(
         node, "spec"
