@@ -299,7 +299,9 @@ def test_every_solver_of_the_table_can_be_used_by_itself(private, solvers, tuple
         steps = "step_size" in METHODS[name].options
         for options in OPTIONS if steps else [None]:
             found = call_of(private("misc"), solvers, func, y0, t, name, options)
-            if "overshoot" in METHODS[name].options:  # a solver takes the steps that torchdiffeq's takes
+            if issubclass(
+                solvers[name], private("rk_common").RKAdaptiveStepsizeODESolver
+            ):  # as torchdiffeq steps
                 options = {"overshoot": True}
             expected = flashode.odeint(func, y0, t, method=name, options=options)
             tolerance = 1e-11 if steps else 1e-5 if name == "scipy_solver" else 1e-7
