@@ -13,7 +13,7 @@ from .errors import ArgumentError, ArgumentTypeError
 from .problem import Problem, members_of
 from .pytrees import Tree
 from .solution import Outcome
-from .transforms import require_readable
+from .transforms import is_batched
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +56,8 @@ class DenseOutput:
 
         Args:
             t: number, or real Tensor of any shape S on any device, from ``t0`` to ``t1``; the
-                rounding of its dtype, and that of the solve's times, is let pass.
+                rounding of its dtype, and that of the solve's times, is let pass. To look, a
+                Tensor on a GPU is waited for.
 
         Returns:
             Tensor of shape (*S, *state), or what the state is made of such Tensors.
@@ -201,7 +202,10 @@ def _as_times(t) -> torch.Tensor:
             raise ArgumentTypeError(f"t must be a number or a Tensor of times, got {kind_of(t)}")
         return torch.tensor(number, dtype=torch.float64)
     require_dense("t", t)
-    require_readable(t, "dense output")
+    if is_batched(t):
+        raise ArgumentError(
+            "torch.func.vmap hides the times; call sol with the Tensor of all of them, of any shape"
+        )
     if t.is_complex() or t.dtype == torch.bool:
         raise ArgumentTypeError(f"t must hold real times, got {t.dtype}")
     return t if t.is_floating_point() else t.double()

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from ..errors import ArgumentError
 from ..problem import Problem
-from . import native, reference, reference_sweep
+from . import adams as adams  # its steps join those of reference
+from . import native, reference, reference_sweep, scipy_solver
 
-ENGINES = {"native": native, "reference": reference}
+ENGINES = {"native": native, "reference": reference, "scipy": scipy_solver}
 SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}
 
 
