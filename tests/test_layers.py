@@ -38,8 +38,8 @@ LAYERS = [
     ["__init__"],
     ["info", "tables"],
 ]
-# Below all of them, the package that is found as torchdiffeq.
-LAYERS += [["compat/__init__"], ["compat/__main__"]]
+# Above all of them what finds torchdiffeq, and below them the package that it finds.
+LAYERS = [["compat/__init__"], *LAYERS, ["compat/__main__"]]
 LAYERS += [
     [f"compat/site/torchdiffeq/{name}" for name in names.split()]
     for names in (
@@ -84,7 +84,8 @@ def imports(path):
             elif f"{joined}/__init__" in LEVEL and names:
                 yield f"{joined}/__init__"
             else:
-                yield from ("/".join([*base, alias.name]) for alias in node.names)
+                found = ("/".join([*base, alias.name]) for alias in node.names)
+                yield from (f"{name}/__init__" if f"{name}/__init__" in LEVEL else name for name in found)
 
 
 @pytest.mark.parametrize(
