@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashode
 from flashode import extension
+from flashode.methods import METHODS
 
 F64 = torch.float64
 pytestmark = [
@@ -74,8 +75,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("perturb", [False, True])
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method, perturb", [*((method, False) for method in FIXED), ("rk4", True)])
 def test_fixed_steps_compile_into_one_graph(compiled, net, y0, method, perturb):
     t = T.clone().requires_grad_()
 
@@ -91,7 +91,7 @@ def test_fixed_steps_compile_into_one_graph(compiled, net, y0, method, perturb):
     same(derivatives(ours, inputs), derivatives(theirs, inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128])
 def test_a_graph_takes_the_steps_of_the_reference_engine_in_every_dtype(compiled, dtype):
     """Tuples, times of another dtype that run backwards, and further arguments."""
 
@@ -105,7 +105,7 @@ def test_a_graph_takes_the_steps_of_the_reference_engine_in_every_dtype(compiled
     inputs = [x.requires_grad_() for x in arguments]
     ours, theirs = compiled(model, backend="eager")(*arguments), model(*arguments)
     assert all(map(torch.equal, ours, theirs))
-    close = dict(rtol=1e-10, atol=1e-10) if dtype in (F64, torch.complex128) else dict(rtol=0.05, atol=0.05)
+    close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.complex128 else dict(rtol=0.05, atol=0.05)
     same(derivatives(ours, inputs), derivatives(theirs, inputs), **close)
 
 
@@ -119,7 +119,7 @@ def test_one_graph_serves_all_times(compiled, net, y0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_field_is_not_called_outside_the_interval(compiled, dtype):
-    t = torch.tensor([0.1, 0.7, 1.3], dtype=F64)  # neither end is a float32
+    t = torch.tensor([0.7, 0.9, 1.1], dtype=F64)  # rounding takes both ends outside
     for times in (t, t.flip(0)):
         seen = []
 
@@ -132,7 +132,7 @@ def test_a_compiled_field_is_not_called_outside_the_interval(compiled, dtype):
             return torch.stack(seen)
 
         stages = compiled(model, backend="eager")(torch.ones(1, dtype=dtype), times).double()
-        assert len(stages) == 8 and stages.min() >= 0.1 and stages.max() <= 1.3
+        assert len(stages) == 8 and stages.min() >= 0.7 and stages.max() <= 1.1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -322,7 +322,7 @@ def test_threads_that_share_a_field_solve_as_one_does(engine, net, impatient):
         ys = run(net, y0, mode=mode, method=method, engine=engine)
         return ys, *derivatives(ys, [y0, *net.parameters()])
 
-    tasks = [functools.partial(solve, i) for i in range(32)]
+    tasks = [functools.partial(solve, i) for i in range(2 * len(SOLVES))]
     for ours, theirs in zip(at_once(tasks), [task() for task in tasks]):
         assert all(map(torch.equal, ours, theirs))
 
@@ -346,7 +346,7 @@ def test_one_graph_can_be_walked_by_several_threads(engine, net, y0):
         ys = run(net, y0, mode=mode, method=method, engine=engine)
         inputs = [y0, *net.parameters()]
         walk = functools.partial(torch.autograd.grad, ys.sum(), inputs, retain_graph=True)
-        for grads in at_once([walk] * 8):
+        for grads in at_once([walk] * 4, workers=4):
             same(grads, walk())
 
 
@@ -565,6 +565,28 @@ def test_contexts_around_a_solve_change_nothing(engine, net, y0, method, mode, a
             found.append((ys, *torch.autograd.grad(ys, inputs, weights)))
     assert torch.equal(found[0][0], found[1][0])
     same(found[1], found[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_device_is_no_part_of_any_method(y0, method):
+    """Nothing that a method makes for itself may land on a device that is not the state's."""
+    if METHODS[method].family == "scipy":
+        pytest.importorskip("scipy")
+    y0, t = y0.detach(), torch.linspace(0.1, 0.4, 4, dtype=F64)
+    call = dict(method=method, rtol=1e-4, atol=1e-6)
+    expected = flashode.odeint(growth, y0, t, **call)
+    with torch.device("meta"):
+        ys = flashode.odeint(growth, y0, t, **call)
+    assert torch.equal(ys, expected)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_the_default_device_is_no_part_of_dense_output(y0, method):
+    sol = flashode.odeint_dense(growth, y0.detach(), 0.1, 0.9, method=method)
+    expected = sol(0.3)
+    with torch.device("meta"):
+        sol = flashode.odeint_dense(growth, y0.detach(), 0.1, 0.9, method=method)
+        assert torch.equal(sol(0.3), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

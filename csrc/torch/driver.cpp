@@ -522,7 +522,8 @@ void Run::emit(const Step& step) {
   if (end == begin) return;
   trials_ = 0;
   bool at_end = times_[end - 1] == step.t1;
-  if (at_end && step.shift0.defined() && !steps_on_times_ && end < int64_t(times_.size())) {
+  if (at_end && step.shift0.defined() && !steps_on_times_ &&
+      (overshoot_ || end < int64_t(times_.size()))) {
     at_end = false;  // the value is y1; its gradient in this output time needs the slope there
   }
   const int64_t inner = at_end ? end - 1 : end;

@@ -201,7 +201,7 @@ def joined_times(t0, t1) -> torch.Tensor:
         if real_number(end) is None:
             raise ArgumentTypeError(f"{name} must be a number or a Tensor of one element, got {kind_of(end)}")
         if not isinstance(end, torch.Tensor):
-            end = torch.tensor(real_number(end), dtype=torch.float64)
+            end = torch.tensor(real_number(end), dtype=torch.float64, device="cpu")
         ends.append(end.to(like[0].device if like else "cpu").reshape(()))
     dtype = torch.promote_types(*(end.dtype for end in ends))
     t = torch.stack([end.to(dtype) for end in ends])

@@ -150,7 +150,7 @@ def dense_output(problem: Problem, path: Path, outcome: Outcome) -> DenseOutput:
     begin, end, polynomials = problem.times[0], problem.times[-1], path.release()
     if not polynomials:  # one time only, or an event or a failure at the start
         end, polynomials = begin, [problem.y0[None]]
-        begins, lengths = torch.tensor([[begin], [1.0]], dtype=torch.float64)
+        begins, lengths = torch.tensor([[begin], [1.0]], dtype=torch.float64, device="cpu")
     else:
         begins, lengths = _clock(path)
         if not outcome.status.ok:
@@ -175,8 +175,8 @@ def dense_output(problem: Problem, path: Path, outcome: Outcome) -> DenseOutput:
 
 def _clock(path: Path):
     """Beginnings and lengths of the steps and of one after them, as long as the last, with their gradients."""
-    begins = torch.tensor([*path.begins, path.ends[-1]], dtype=torch.float64)
-    lengths = torch.tensor([e - b for b, e in zip(path.begins, path.ends)], dtype=torch.float64)
+    begins = torch.tensor([*path.begins, path.ends[-1]], dtype=torch.float64, device="cpu")
+    lengths = torch.tensor([e - b for b, e in zip(path.begins, path.ends)], dtype=torch.float64, device="cpu")
     lengths = torch.cat([lengths, lengths[-1:]])
     if path.shifts[0][0] is None:
         return begins, lengths
@@ -200,7 +200,7 @@ def _as_times(t) -> torch.Tensor:
         number = real_number(t)
         if number is None:
             raise ArgumentTypeError(f"t must be a number or a Tensor of times, got {kind_of(t)}")
-        return torch.tensor(number, dtype=torch.float64)
+        return torch.tensor(number, dtype=torch.float64, device="cpu")
     require_dense("t", t)
     if is_batched(t):
         raise ArgumentError(

@@ -22,7 +22,7 @@ def whole_within(rounding, x):
 
 def moving_weights(nodes):
     """`weights` of nodes that carry gradients, or are numbers."""
-    return weights(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in nodes]))
+    return weights(torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in nodes]))
 
 
 class AdamsRun(Run):

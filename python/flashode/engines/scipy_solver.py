@@ -130,7 +130,7 @@ class Run:
 
     def to_state(self, y):
         """An array of SciPy's as a tensor like y0, which shares nothing with it."""
-        return torch.tensor(y).reshape(self.p.y0.shape).to(self.p.y0.device, self.p.y0.dtype)
+        return torch.tensor(y, device="cpu").reshape(self.p.y0.shape).to(self.p.y0.device, self.p.y0.dtype)
 
     def start(self):
         """The solver that is asked for, at the start."""

@@ -39,7 +39,7 @@ def weights(nodes: torch.Tensor) -> torch.Tensor:
 
     ``nodes``: float64 tensor of shape (k,); returns (k,), differentiable in ``nodes``.
     """
-    same = torch.eye(len(nodes), dtype=nodes.dtype)
+    same = torch.eye(len(nodes), dtype=nodes.dtype, device=nodes.device)
     factors = (_X[:, None, None] - nodes) / (nodes[:, None] - nodes + same)
     return _OMEGA @ torch.where(same.bool(), 1.0, factors).prod(-1)
 
@@ -47,7 +47,7 @@ def weights(nodes: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=256)
 def weights_of(nodes: tuple[float, ...]) -> tuple[float, ...]:
     """`weights` as floats; those of a uniform grid are computed once."""
-    return tuple(weights(torch.tensor(nodes, dtype=torch.float64)).tolist())
+    return tuple(weights(torch.tensor(nodes, dtype=torch.float64, device="cpu")).tolist())
 
 
 @functools.lru_cache(maxsize=256)
