@@ -75,7 +75,7 @@ def _origin(value) -> str:
     """The module that a function, a class or a module is of; torchdiffeq's own for any other value."""
     if isinstance(value, types.ModuleType):
         return value.__name__
-    return value.__module__ if callable(value) else "torchdiffeq"
+    return (callable(value) and getattr(value, "__module__", None)) or "torchdiffeq"
 
 
 def _is_torchdiffeq(name) -> bool:
