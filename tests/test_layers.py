@@ -38,6 +38,22 @@ LAYERS = [
     ["__init__"],
     ["info", "tables"],
 ]
+# Above all of them what finds torchdiffeq, and below them the package that it finds.
+LAYERS = [["compat/__init__"], *LAYERS, ["compat/__main__"]]
+LAYERS += [
+    [f"compat/site/torchdiffeq/{name}" for name in names.split()]
+    for names in (
+        "_impl/event_handling _impl/interp",
+        "_impl/misc",
+        "_impl/solvers",
+        "_impl/rk_common _impl/fixed_adams _impl/scipy_wrapper",
+        "_impl/fixed_grid _impl/dopri5 _impl/dopri8 _impl/tsit5 _impl/bosh3 _impl/adaptive_heun _impl/fehlberg2",
+        "_impl/odeint",
+        "_impl/adjoint",
+        "_impl/__init__",
+        "__init__",
+    )
+]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The twins: the same functions in the same order in Python and C++.
 TWINS = {
@@ -56,16 +72,20 @@ def imports(path):
     name = path.relative_to(PACKAGE).with_suffix("").as_posix()
     package = name.split("/")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "flashode"):
+            names = (node.module or "").split(".") if node.module else []
             base = package[: len(package) - (node.level - 1)]
-            target = [*base, *(node.module or "").split(".")] if node.module else base
+            if not node.level:  # from outside the package, as `compat/site` is when it is found
+                base, names = [], names[1:]
+            target = [*base, *names]
             joined = "/".join(target)
             if joined in LEVEL:
                 yield joined
-            elif f"{joined}/__init__" in LEVEL and node.module:
+            elif f"{joined}/__init__" in LEVEL and names:
                 yield f"{joined}/__init__"
             else:
-                yield from ("/".join([*base, alias.name]) for alias in node.names)
+                found = ("/".join([*base, alias.name]) for alias in node.names)
+                yield from (f"{name}/__init__" if f"{name}/__init__" in LEVEL else name for name in found)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
         jumps=(rows != 0).any(1).flip(0).tolist(),
         params=record.params,
         needs_t=needs_t,
-        seminorm=spec.seminorm,
+        seminorm=spec.seminorm and problem.norm is None,  # a norm of the caller's is given every part
         path=record.steps,
         first_step=first_step,
         examine=lambda value, y, t: warn_unlisted(forward.func, value, (y, t, *record.params)),

@@ -87,7 +87,7 @@ def _solve_back(field: _AugmentedField, spec: AdjointSpec, t, vjp_t, y, adj_y, a
     state = (vjp_t, *field.split(y), *field.split(adj_y), *adj_params)
     rtol, atol = (_spread(tol, field, len(adj_params)) for tol in (spec.rtol, spec.atol))
     problem = Problem.from_call(field, state, t, rtol, atol, spec.method, spec.options, None)
-    if spec.seminorm:
+    if spec.seminorm and problem.norm is None:
         problem = replace(problem, counted=1 + 2 * field.members)
     # A parameter of another dtype than the state's makes a tuple that the native engine leaves to the other.
     engine = choose(problem, "reference" if spec.engine == "reference" else "auto")
