@@ -113,7 +113,7 @@ def errors(method, between, counts):
 
 @by_name
 def test_measured_order(method):
-    counts = [40, 80] if method.order <= 3 else [24, 48]
+    counts = [30, 60] if method.order <= 3 else [16, 32]
     e = errors(method, False, counts)
     assert abs(math.log2(e[0] / e[1]) - method.order) < 0.2, e
     e = errors(method, True, counts)
@@ -183,7 +183,7 @@ def test_stiff_problems_to_their_ends(field, y0, end, want, atol, steps):
 
 
 def test_a_predicted_step_saves_refused_ones():
-    y0, t = torch.tensor([2.0, 0.0], dtype=F64), torch.tensor([0.0, 1000.0], dtype=F64)
+    y0, t = torch.tensor([2.0, 0.0], dtype=F64), torch.tensor([0.0, 850.0], dtype=F64)
     with torch.no_grad():
         rejected = [
             flashode.solve(
@@ -379,10 +379,12 @@ def solved(name, h):
     return function, y0, a
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@by_name
-def test_gradients_are_those_of_the_discrete_solve(method, backward):
-    function, y0, a = solved(method.name, 0.29)
+@pytest.mark.parametrize(
+    "name, backward",
+    [*((name, False) for name in IMPLICIT), *((name, True) for name in ("trbdf2", "gl4", "kvaerno3"))],
+)
+def test_gradients_are_those_of_the_discrete_solve(name, backward):
+    function, y0, a = solved(name, 0.29)
     t = torch.tensor([0.1, 0.4, 1.0], dtype=F64)
     t = (t.flip(0) if backward else t).requires_grad_()
     assert torch.autograd.gradcheck(function, (y0, t, a))
