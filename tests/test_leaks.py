@@ -110,6 +110,46 @@ def test_training(mode, method, engine, leaves_nothing):
     leaves_nothing(iteration, 1000 if (engine, method) == ("native", "dopri5") else 200)
 
 
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("kvaerno3", {}),
+        ("implicit_midpoint", {}),
+        ("radauIIA3", {}),
+        ("implicit_adams", {"step_size": 0.02}),
+        ("implicit_adams", {"step_size": 0.02, "max_iters": 1}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["direct", "checkpoint"])
+def test_training_with_methods_that_solve_equations(mode, method, options, leaves_nothing):
+    if (mode, method) == ("checkpoint", "implicit_adams"):
+        pytest.skip("a step of an Adams method cannot be taken again alone")
+    field = Field()
+
+    def iteration():
+        ys = integrate(mode, field, start(), T, rtol=1e-9, atol=1e-9, method=method, options=options)
+        ys.square().sum().backward()
+        return ys
+
+    leaves_nothing(iteration, 10)
+
+
+@pytest.mark.parametrize("what", ["event", "dense"])
+def test_events_and_dense_output(what, leaves_nothing):
+    field = Field()
+
+    def iteration():
+        if what == "event":
+            solution = flashode.solve(field, start(), T, **LOOSE, event_fn=lambda t, y: y[0] - 1.02)
+            solution.event_t.backward()
+            return solution.ys
+        y = flashode.odeint_dense(field, start(), 0.0, 0.1, **LOOSE)(torch.tensor([0.03, 0.05]))
+        y.sum().backward()
+        return y
+
+    leaves_nothing(iteration, 20)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_fields_and_parameters_that_live_for_one_iteration(mode, engine, leaves_nothing):
     def iteration():

@@ -13,6 +13,7 @@ analytic; 16-bit states are solved for in float32.
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 
@@ -59,7 +60,8 @@ class Stages:
     """Takes the steps of an implicit method for a `reference.Run`."""
 
     def __init__(self, run):
-        self.run, self.tableau = run, run.p.method.tableau
+        # The run holds this object: a reference back would keep both until the garbage collector comes.
+        self.run, self.tableau = weakref.proxy(run), run.p.method.tableau
         if reason := transforms.active():
             raise ArgumentError(
                 f"method={run.p.method.name!r} differentiates func by torch.autograd inside the solve, and {reason}; "
