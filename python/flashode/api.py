@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import transforms
+from . import batched, transforms
 from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
-from .engines import ENGINES, choose
+from .engines import BATCH_ENGINES, ENGINES, choose, solve_batch
 from .errors import ArgumentError
 from .problem import Problem
 from .solution import Solution, finish
@@ -70,6 +70,10 @@ def solve(
 
 
 def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw):
+    if batched.asked_for(options):
+        problem = batched.BatchProblem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+        outcome, name = solve_batch(problem, engine)
+        return batched.finish(problem, outcome, name, throw), None
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     outcome = ENGINES[name].solve(problem)
@@ -132,6 +136,8 @@ def odeint_adjoint(
         raise ArgumentError(
             f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
         )
+    if batched.asked_for(options):
+        raise ArgumentError("odeint_adjoint has no options['batched']; use odeint, which has gradients per sample")
     params = collect_params(func, adjoint_params, args)
     problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
@@ -145,10 +151,12 @@ def odeint_adjoint(
 
 def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=()) -> str:
     """Which engine ``engine="auto"`` takes for a call, and why the others decline; nothing is solved."""
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
-    chosen = choose(problem, "auto")
+    per_sample = batched.asked_for(options)
+    kind, engines = (batched.BatchProblem, BATCH_ENGINES) if per_sample else (Problem, ENGINES)
+    problem = kind.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    chosen = choose(problem, "auto", engines)
     lines = [f"{problem.method.name} on the {chosen} engine"]
-    for name, engine in ENGINES.items():
+    for name, engine in engines.items():
         reason = engine.supports(problem)
         lines.append(f"  {name}: " + ("can serve" if reason is None else f"declines: {reason}"))
     return "\n".join(lines)
