@@ -103,6 +103,11 @@ class BatchProblem(Problem):
         members = (rows[..., begin:end] for begin, end in zip(self.columns, self.columns[1:]))
         return torch.cat([m.flatten(-2) for m in members], -1)
 
+    @property
+    def start(self) -> torch.Tensor:
+        """``y0``, with a mate in place of samples that are not usable: what ``func`` sees."""
+        return self.flat(with_mates(self.rows(self.y0.detach()), self.usable))
+
     def of_samples(self, count: int) -> BatchProblem:
         """The same problem for fewer samples, as `slope` and `unflatten` see it."""
         shapes = None if self.shapes is None else tuple((count, *s[1:]) for s in self.shapes)
@@ -146,6 +151,14 @@ class BatchProblem(Problem):
         rows = problem.rows(y0.detach())
         rtol, atol = _floored(problem, rows)
         return replace(problem, rtol=rtol, atol=atol, usable=torch.isfinite(rows).all(1).cpu())
+
+
+def with_mates(rows, fit):
+    """Rows of samples that are fit, and in place of the others a row of one that is."""
+    if fit.all():
+        return rows
+    mate = fit.int().argmax().item()
+    return torch.where(fit.to(rows.device)[:, None], rows, rows[mate : mate + 1].detach())
 
 
 def _batch_size(members) -> int:

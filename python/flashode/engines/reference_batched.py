@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from ..batched import BatchOutcome, BatchProblem
+from ..batched import BatchOutcome, BatchProblem, with_mates
 from ..control import ELEMENTARY, accept, clamp_step, first_guess, initial_step, next_step, remember
 from ..errors import Status
 from .reference import scaled_error, version_of, weighted_sum, wide
@@ -120,9 +120,7 @@ class Run:
     def replace_unfit(self, fit):
         """Lets the field see a mate in place of a sample that meets NaN where it starts, which would reach
         the gradients of whatever the samples share. ``resting`` is what it sees of those that do not move."""
-        mate = fit.int().argmax().item() if len(fit) else 0
-        if not fit.all():
-            self.y0 = torch.where(self.spread(fit), self.y0, self.y0[mate : mate + 1].detach())
+        self.y0 = with_mates(self.y0, fit)
         self.resting = self.y0.detach()
 
     def step_lengths(self):
