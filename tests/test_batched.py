@@ -30,6 +30,10 @@ def times(*values, **like):
     return torch.tensor(values, **({"dtype": torch.float64} | like))
 
 
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def start(samples, dtype=torch.float64, device="cpu", width=2):
     generator = torch.Generator().manual_seed(samples)
     return 2 * torch.randn(samples, width, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -55,12 +59,12 @@ def test_a_sample_takes_the_steps_of_a_solve_of_its_own(engine, device, method, 
 
 @pytest.mark.parametrize(
     "options",
-    [{"first_step": 0.01}, {"max_step": 0.05}, {"min_step": 0.1}, {"safety": 0.5, "ifactor": 2.0, "dfactor": 0.5},
+    [{"first_step": 0.01}, {"max_step": 0.05}, {"min_step": 0.05}, {"safety": 0.5, "ifactor": 2.0, "dfactor": 0.5},
      {"controller": "pi"}, {"controller": "pid"}],
     ids=lambda options: "+".join(options),
 )  # fmt: skip
 def test_step_size_control_is_that_of_a_solve_of_its_own(engine, options):
-    y0, t = start(4), times(0.0, 1.1, 4.0)
+    y0, t = start(4) / 3, times(0.0, 1.1, 4.0)
     batch = solve(oscillator, y0, t, rtol=1e-5, atol=1e-6, options=options | BATCHED, engine=engine)
     for b in range(4):
         alone = solve(oscillator, y0[b], t, rtol=1e-5, atol=1e-6, options=options, engine=engine)
@@ -121,7 +125,7 @@ def test_an_easy_crowd_does_not_loosen_the_tolerance_of_a_hard_sample():
         (odeint(oscillator, y0, t, rtol=1e-6, atol=1e-6, options=options)[-1, 0] - exact[-1, 0]).abs().max()
         for options in ({}, BATCHED)
     )
-    assert own < 1e-5 < 3 * own < shared
+    assert own < 5e-6 < 10 * own < shared
 
 
 # ---- times ---------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ FAULTS = [Status.SUCCESS, Status.STEP_UNDERFLOW, Status.NONFINITE_FIELD, Status.
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "fehlberg45"])
 def test_samples_that_fail_are_flagged_and_the_others_finish(engine, method):
-    t = torch.linspace(0, 3, 13, dtype=torch.float64)
+    t = torch.linspace(0, 3.03, 13, dtype=torch.float64)
     options = BATCHED | {"max_num_steps": 2000}
     batch = solve(faulty_batch, faulty_start(), t, method=method, options=options, engine=engine, throw=False)
     status = [Status(s) for s in batch.status.tolist()]
@@ -338,7 +342,7 @@ def test_samples_that_fail_are_flagged_and_the_others_finish(engine, method):
     alone = odeint(decay, faulty_start()[:1], t, method=method, options=options, engine=engine)
     assert torch.equal(batch.ys[:, :1], alone)
     reached = torch.isfinite(batch.ys[..., 0]).sum(0).tolist()
-    assert reached == [13, 4, 4, 1, 1, 0]  # every 0.25: before t = 1, and from the start
+    assert reached == [13, 4, 4, 1, 1, 0]  # those before t = 1, and the first
     assert "1 of 6 samples solved" in repr(batch)
 
 
@@ -346,7 +350,7 @@ def test_a_failed_sample_raises_what_failed_and_where(engine):
     t = times(0.0, 3.0)
     with pytest.raises(SolveError, match=r"5 of 6 samples failed: sample 1: .* sample 5: non-finite.*throw=False") as e:
         odeint(faulty_batch, faulty_start(), t, options=BATCHED | {"max_num_steps": 2000}, engine=engine)
-    assert e.value.index == (1,) and 0.9 < e.value.t <= 1 and e.value.accepted > 0
+    assert e.value.index == (1,) and 0.9 < e.value.t < 1.1 and e.value.accepted > 0
     assert pickle.loads(pickle.dumps(e.value)).reason == e.value.reason
     many = torch.full((20, 1), math.nan)
     with pytest.raises(SolveError, match=r"20 of 20 samples failed.*and 12 more") as e:
@@ -358,21 +362,21 @@ def test_a_failed_sample_raises_what_failed_and_where(engine):
 
 
 def pendulum(t, y, w):
-    return torch.stack([y[..., 1], -w * torch.sin(y[..., 0]) * (1 + 0.1 * t[..., 0])], -1)
+    return torch.stack([y[..., 1], -w * torch.sin(y[..., 0]) * (1 + 0.1 * t.squeeze(-1))], -1)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8", "fehlberg45"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared t", "t of each"])
 def test_gradients_of_the_discrete_solve(method, shared):
     """To the state, the arguments and the times; steps stay the same, as finite differences need it."""
-    t = torch.stack([times(0.0, 0.13, 0.6), times(0.5, 0.3, 0.0), times(0.2, 0.2, 0.4)])
+    t = torch.stack([times(0.0, 0.13, 0.6), times(0.5, 0.3, 0.0), times(0.2, 0.25, 0.4)])
     t = t[0] if shared else t
-    options = BATCHED | {"first_step": 0.2, "min_step": 0.2}
+    options = BATCHED | {"first_step": 0.27, "min_step": 0.27}
 
     def func(y0, w, t):
         return odeint(pendulum, y0, t, method=method, options=options, args=(w,))
 
-    inputs = [start(3) / 2, times(1.5), t]
+    inputs = [start(3) / 2, scalar(1.5), t]
     assert torch.autograd.gradcheck(func, [x.clone().requires_grad_() for x in inputs], atol=1e-5)
 
 
@@ -381,13 +385,13 @@ def test_gradients_are_those_of_solves_of_their_own():
     weight = torch.randn(5, 3, 2, dtype=torch.float64)
 
     def gradients(run):
-        y, w = y0.clone().requires_grad_(), times(1.5).requires_grad_()
+        y, w = y0.clone().requires_grad_(), scalar(1.5).requires_grad_()
         return torch.autograd.grad((run(y, w) * weight).sum(), (y, w))
 
     call = {"rtol": 1e-5, "atol": 1e-6}
     batch = gradients(lambda y, w: odeint(pendulum, y, t, options=BATCHED, args=(w,), **call))
     alone = gradients(lambda y, w: torch.stack(
-        [odeint(lambda t, y: pendulum(t.reshape(1), y, w), y[b], t, **call) for b in range(3)], 1))  # fmt: skip
+        [odeint(lambda t, y: pendulum(t, y, w), y[b], t, **call) for b in range(3)], 1))  # fmt: skip
     for ours, theirs in zip(batch, alone):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -402,7 +406,7 @@ def test_mates_that_fail_or_meet_nan_leave_gradients_alone():
     far = torch.stack([t, 2 * t, t, t])  # sample 1 stops at zero, where trials beyond are refused
 
     def gradients(rows):
-        y, w = y0[rows].clone().requires_grad_(), times(1.0).requires_grad_()
+        y, w = y0[rows].clone().requires_grad_(), scalar(1.0).requires_grad_()
         solution = solve(func, y, far[rows], rtol=1e-5, atol=1e-5, options=options, args=(w,), throw=False)
         assert solution.succeeded[0]
         return torch.autograd.grad(solution.ys[-1, 0].sum(), (y, w))
@@ -413,7 +417,7 @@ def test_mates_that_fail_or_meet_nan_leave_gradients_alone():
 
 
 def test_what_records_gradients_goes_to_the_reference_engine_without_another_call(native):
-    y0, t, w = start(3), times(0.0, 1.0), times(1.5).requires_grad_()
+    y0, t, w = start(3), times(0.0, 1.0), scalar(1.5).requires_grad_()
     calls = []
 
     def func(t, y):

@@ -85,7 +85,8 @@ __device__ double norm_of(const Batch& batch, int64_t b, const T* y0, const T* y
     for_row<Team>(batch, b, m, [&](int64_t i, int64_t, int64_t) {
       const A rtol = tol.each_rtol ? static_cast<const A*>(tol.each_rtol)[i] : A(tol.rtol);
       const A atol = tol.each_atol ? static_cast<const A*>(tol.each_atol)[i] : A(tol.atol);
-      const A error = scaled_error<A>(sum_at<T>(k, sum, step, i), widen(y0[i]), widen(y1[i]), rtol, atol);
+      const A total = sum_at<T>(k, sum, step, i);
+      const A error = flashode::scaled_error<A>(total, widen(y0[i]), widen(y1[i]), rtol, atol);
       squares += double(error) * double(error);
     });
     squares = Team::sum(squares);
