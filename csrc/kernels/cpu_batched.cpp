@@ -10,7 +10,7 @@
 namespace flashode::cpu {
 namespace {
 
-constexpr int64_t kShort = kLanes;  // numbers of a row; below, dot() is a plain sum too
+constexpr int kTogether = 8;  // outputs of one sample that are made at a time
 
 // Samples [begin, end) of a batch, and where their rows of member m are.
 struct Span {
@@ -154,33 +154,67 @@ void spread_steps(const Batch& batch, const Span& span) {
   }
 }
 
-// One output of one sample, x of the way through its step. Returns whether it is finite.
+// Output r of the sample: its row of member m.
 template <class T>
-FLASHODE_INLINE bool interpolate(const Batch& batch, int64_t b, double x, const T* y0, const Terms& k,
-                                 const Polynomial& dense, T* out, int64_t samples) {
+FLASHODE_INLINE T* output_row(const Batch& batch, int64_t b, const Outputs& outputs, int64_t r, int64_t m) {
+  const int64_t* offsets = batch.members.offsets;
+  const int64_t width = offsets[m + 1] - offsets[m];
+  return static_cast<T*>(outputs.ys) + outputs.samples * (r * batch.width + offsets[m]) +
+         batch.samples.at(kSample, b) * width;
+}
+
+// Outputs `first` to `first + n` of a sample, all inside its step; vectors run across outputs where rows
+// are short, along rows where they are long. Returns how many are finite before one is not.
+template <class T>
+FLASHODE_INLINE int64_t interpolate(const Batch& batch, int64_t b, const T* y0, const Terms& k,
+                                    const Polynomial& dense, const Outputs& outputs, int64_t first,
+                                    int64_t n) {
   using A = wide_t<T>;
   const Samples& s = batch.samples;
-  const double step = s.at(kDirection, b) * s.at(kSize, b);
-  double w[kMaxTerms] = {};
-  for (int power = dense.degree - 1; power >= 0; --power) {  // Horner
-    for (int j = 0; j < dense.count; ++j) w[j] = (w[j] + dense.weight[power][j]) * x;
+  const double t0 = s.at(kT0, b), t1 = s.at(kT1, b), step = s.at(kDirection, b) * s.at(kSize, b);
+  double x[kTogether] = {}, coef[kTogether][kMaxTerms];
+  A of_output[kMaxTerms][kTogether], zero[kTogether] = {};
+  for (int64_t r = 0; r < n; ++r) x[r] = (s.times_of(b)[first + r] - t0) / (t1 - t0);
+  for (int j = 0; j < dense.count; ++j) {
+    double w[kTogether] = {};
+    for (int power = dense.degree - 1; power >= 0; --power) {  // Horner
+#pragma omp simd
+      for (int r = 0; r < kTogether; ++r) w[r] = (w[r] + dense.weight[power][j]) * x[r];
+    }
+    for (int r = 0; r < kTogether; ++r) of_output[j][r] = A(coef[r][j] = w[r] * step);
   }
-  A coef[kMaxTerms], zero = 0;
-  for (int j = 0; j < dense.count; ++j) coef[j] = A(w[j] * step);
   for (int64_t m = 0; m < batch.members.count; ++m) {
     const Span row{b, b + 1};
-    const int64_t first = row.first(batch, m), width = row.width(batch, m);
-    T* to = out + samples * batch.members.offsets[m] + s.at(kSample, b) * width;
-    for (int64_t i = 0; i < width; ++i) {
-      A total = coef[0] * widen(static_cast<const T*>(k.k[0])[first + i]);
-      for (int j = 1; j < dense.count; ++j) {
-        total = add_term(total, coef[j], A(widen(static_cast<const T*>(k.k[j])[first + i])));
+    const int64_t begin = row.first(batch, m), width = row.width(batch, m);
+    for (int64_t i = 0; is_short(batch) && i < width; ++i) {
+      A total[kTogether] = {};
+      for (int j = 0; j < dense.count; ++j) {
+        const A k_j = widen(static_cast<const T*>(k.k[j])[begin + i]);
+#pragma omp simd
+        for (int r = 0; r < kTogether; ++r) {
+          total[r] = j == 0 ? of_output[j][r] * k_j : add_term(total[r], of_output[j][r], k_j);
+        }
       }
-      to[i] = narrow<T>(widen(y0[first + i]) + total);
-      zero += widen(to[i]) - widen(to[i]);
+      for (int64_t r = 0; r < n; ++r) {
+        const T y = narrow<T>(widen(y0[begin + i]) + total[r]);
+        output_row<T>(batch, b, outputs, first + r, m)[i] = y;
+        zero[r] += widen(y) - widen(y);
+      }
+    }
+    for (int64_t r = 0; !is_short(batch) && r < n; ++r) {
+      T* out = output_row<T>(batch, b, outputs, first + r, m);
+      for (int64_t tile = 0; tile < width; tile += kTile) {
+        alignas(64) A total[kTile];
+        const int64_t length = std::min(kTile, width - tile);
+        weighted_sum<T>(total, k, Uniform{coef[r]}, begin + tile, length);
+        for (int64_t i = 0; i < length; ++i) {
+          out[tile + i] = narrow<T>(widen(y0[begin + tile + i]) + total[i]);
+          zero[r] += widen(out[tile + i]) - widen(out[tile + i]);
+        }
+      }
     }
   }
-  return zero == 0;
+  return std::find_if(zero, zero + n, [](A z) { return z != 0; }) - zero;
 }
 
 template <class T>
@@ -197,26 +231,27 @@ template <class T>
 FLASHODE_INLINE int64_t emit(const Batch& batch, int64_t b, const T* y0, const T* y1, const Terms& k,
                              const Polynomial& dense, const Outputs& outputs) {
   const Samples& s = batch.samples;
-  const int64_t count = outputs_within(s, b), begin = s.at(kFilled, b);
+  const int64_t first = s.at(kFilled, b), end = first + outputs_within(s, b);
   const double* times = s.times_of(b);
-  const double t0 = s.at(kT0, b), t1 = s.at(kT1, b);
-  const int64_t size = outputs.samples * batch.members.offsets[batch.members.count];
-  for (int64_t r = begin; r < begin + count; ++r) {
-    T* out = static_cast<T*>(outputs.ys) + r * size;
-    if (times[r] == t1) {
-      for (int64_t m = 0; m < batch.members.count; ++m) {
-        const Span row{b, b + 1};
-        const int64_t width = row.width(batch, m);
-        std::copy_n(y1 + row.first(batch, m), width,
-                    out + outputs.samples * batch.members.offsets[m] + s.at(kSample, b) * width);
-      }
-    } else if (!interpolate<T>(batch, b, (times[r] - t0) / (t1 - t0), y0, k, dense, out,
-                               outputs.samples) && dense.has_extra) {
+  const double t1 = s.at(kT1, b);
+  int64_t r = first;
+  while (r < end && times[r] < t1) {
+    int64_t n = 1;
+    while (n < kTogether && r + n < end && times[r + n] < t1) ++n;
+    const int64_t finite = interpolate<T>(batch, b, y0, k, dense, outputs, r, n);
+    if (finite < n && dense.has_extra) {
       end_with(s, b, kNonfiniteField);  // its stages were not seen by the error test
-      return r - begin;
+      return r + finite - first;
+    }
+    r += n;
+  }
+  for (; r < end; ++r) {
+    for (int64_t m = 0; m < batch.members.count; ++m) {
+      const Span row{b, b + 1};
+      std::copy_n(y1 + row.first(batch, m), row.width(batch, m), output_row<T>(batch, b, outputs, r, m));
     }
   }
-  return count;
+  return end - first;
 }
 
 template <class T>

@@ -34,7 +34,7 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kReleaseGil = 1 << 16;  // elements from which other threads get to run
-constexpr int64_t kShortRow = 16;         // numbers of a row; see cpu_batched.cpp
+constexpr int64_t kShortRow = 16;  // numbers of a row; below, no sum of cpu_blocks.h goes in lanes
 
 Sum sum_of(const Row& row) {
   Sum sum;
