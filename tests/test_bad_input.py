@@ -1286,3 +1286,23 @@ def test_exceptions_of_the_event_pass_through(method, options):
 if __name__ == "__main__":  # the child of test_python_O_raises_the_same_errors
     warnings.simplefilter("ignore")
     json.dump({"optimized": not __debug__, **errors_of_all_rows()}, sys.stdout)
+
+
+@pytest.mark.parametrize("name", ["jump_t", "step_t"])
+@pytest.mark.parametrize("solve", ["odeint", "odeint_adjoint"])
+def test_times_to_land_on_that_all_lie_outside_the_solve_draw_a_sentence(name, solve, engine):
+    """One of them inside is enough, the ends count, and no interval of a backward pass repeats it."""
+    t, w = f64(1, 0.5, 0), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    extra = {"adjoint_params": w, "adjoint_options": {"restart": True}} if solve == "odeint_adjoint" else {}
+
+    def solved(times):
+        return getattr(flashode, solve)(
+            lambda t, y: -w * y, ONES, t, options={name: f64(*times)}, engine=engine, **extra
+        )
+
+    with pytest.warns(
+        UserWarning, match=rf"options\['{name}'\]: none of its 2 times lies between t\[0\] = 1.0"
+    ):
+        expected = solved([3, -2])
+    torch.testing.assert_close(solved([0, 9]), expected, rtol=0, atol=0)
+    solved([0.7, 9])[-1].sum().backward()

@@ -11,28 +11,30 @@ PACKAGE = ROOT / "python/flashode"
 
 # A module imports from modules further up only.
 LAYERS = [
-    ["errors", "tableau", "control", "events", "extension"],
+    ["errors", "tableau", "control", "extension"],
     ["interp", "transforms", "methods/options"],
     ["methods/explicit"],
     ["methods/__init__"],
     ["arguments"],
-    ["options"],
+    ["events"],
+    ["options", "progress", "pytrees"],
     ["problem"],
     ["augmented"],
     ["solution"],
-    ["batched"],
+    ["batched", "dense", "engines/reference_events"],
     ["engines/reference", "engines/native"],
     ["engines/reference_sweep", "engines/reference_batched", "engines/native_batched"],
     ["engines/__init__"],
-    ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
+    ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart", "adjoint/first_only"],
     ["adjoint/reached"],
     ["adjoint/restart", "adjoint/checkpoint"],
     ["adjoint/backsolve"],
     ["adjoint/__init__"],
+    ["event_gradients"],
     ["api"],
     ["gradient_check"],
     ["__init__"],
-    ["info"],
+    ["info", "tables"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The twins: the same functions in the same order in Python and C++.

@@ -12,9 +12,11 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/eye.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros_like.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -72,6 +74,7 @@ class Run {
   at::Tensor handed_on(Landing kind);
   void report(const py::object& callback, double dt);
   void extend(const Step& step);
+  at::Tensor recorded_rows(const Step& step, const at::Tensor& y0, const at::Tensor& basis) const;
   at::Tensor polynomial(const Step& step);
   void interpolate(const Step& step, int64_t begin, int64_t end);
   void emit(const Step& step);
@@ -396,7 +399,7 @@ Step Run::fixed_step(double t1, const at::Tensor& shift1) {
 Step Run::commit(double t1, double dt, const at::Tensor& shift1, Landing kind) {
   const Step step{t0_, t1, dt, current_.flat, candidate_.flat, shift0_, shift1};
   if (as_polynomials_) {
-    recording_.attr("add")(t0_, t1, wrap(polynomial(step)));
+    recording_.attr("add")(t0_, t1, wrap(polynomial(step)), wrap(step.shift0), wrap(step.shift1));
   } else if (!recording_.is_none() && recording_.attr("add")(t0_, t1, dt, int(kind)).cast<bool>()) {
     recording_.attr("hold")(wrap(step.y0), wrap(adaptive_ ? for_python(k_[0]) : at::Tensor()));
   }
@@ -432,10 +435,34 @@ void Run::extend(const Step& step) {
   }
 }
 
+// y0 + dt * basis weights^T k with the graph of all of them: one row for each of the basis, which
+// holds factors of the weights' coefficients of x, x^2, ...
+at::Tensor Run::recorded_rows(const Step& step, const at::Tensor& y0, const at::Tensor& basis) const {
+  at::Tensor signed_dt = at::tensor(direction_ * step.dt, at::kDouble);
+  if (stretch_.defined()) signed_dt = signed_dt.add(stretch_.mul(direction_));
+  const int64_t stages = int64_t(dense_.stage.size());
+  std::vector<double> flat;
+  std::vector<at::Tensor> k;
+  for (int64_t j = 0; j < stages; ++j) {
+    flat.insert(flat.end(), dense_.weights[j].begin(), dense_.weights[j].end());
+    k.push_back(k_[dense_.stage[j]]);
+  }
+  const at::Tensor weights = at::tensor(at::ArrayRef<double>(flat)).view({stages, basis.size(1)});
+  return combine_op(y0, k, at::matmul(basis, weights.t()).mul(signed_dt));
+}
+
 // y over the step: its value at the start, and the coefficients of x, x^2, ...
 at::Tensor Run::polynomial(const Step& step) {
   extend(step);
+  // The extra stages were not seen by the error test.
+  const bool unseen = !dense_.extra_c.empty() && step.y0.is_cpu();
   const auto degree = int64_t(dense_.weights[0].size());
+  if (records(step.y0, dense_.stage)) {
+    const at::Tensor rows =
+        recorded_rows(step, at::zeros_like(step.y0), at::eye(degree, at::kDouble));
+    if (unseen && !at::isfinite(rows).all().item<bool>()) throw StepFailure{kNonfiniteField};
+    return at::cat({step.y0.unsqueeze(0), rows});
+  }
   std::vector<double> coef;
   for (int64_t power = 0; power < degree; ++power) {
     for (const auto& weights : dense_.weights) coef.push_back(weights[power] * direction_ * step.dt);
@@ -444,7 +471,9 @@ at::Tensor Run::polynomial(const Step& step) {
   shape.insert(shape.begin(), 1 + degree);
   const at::Tensor rows = at::empty(shape, step.y0.options());
   rows.select(0, 0).copy_(step.y0);
-  run_combine({}, terms_of(k_, dense_.stage), coef.data(), degree, rows.narrow(0, 1, degree));
+  const bool finite = run_combine({}, terms_of(k_, dense_.stage), coef.data(), degree,
+                                  rows.narrow(0, 1, degree));
+  if (unseen && !finite) throw StepFailure{kNonfiniteField};
   return rows;
 }
 
@@ -458,22 +487,13 @@ void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
   if (records(step.y0, dense_.stage)) {
     at::Tensor x = at::tensor(at::ArrayRef<double>(times_.data() + begin, size_t(rows)));
     x = x.sub(step.t0).div(length);
-    at::Tensor scale = at::tensor(signed_dt, at::kDouble);
     if (stretch_.defined()) {
       // The same quotient, with the gradients of the three times in it.
       x = x.add(shifts_.narrow(0, begin, rows).sub(step.shift0).sub(x.mul(stretch_)).div(dt));
-      scale = scale.add(stretch_.mul(direction_));
     }
     const int64_t degree = int64_t(dense_.weights[0].size());
     const at::Tensor powers = x.unsqueeze(1).pow(at::arange(1, degree + 1, at::kDouble));
-    std::vector<double> flat;
-    std::vector<at::Tensor> k;
-    for (int64_t j = 0; j < stages; ++j) {
-      flat.insert(flat.end(), dense_.weights[j].begin(), dense_.weights[j].end());
-      k.push_back(k_[dense_.stage[j]]);
-    }
-    const at::Tensor weights = at::tensor(at::ArrayRef<double>(flat)).view({stages, degree});
-    const at::Tensor values = combine_op(step.y0, k, at::matmul(powers, weights.t()).mul(scale));
+    const at::Tensor values = recorded_rows(step, step.y0, powers);
     if (unseen && !at::isfinite(values).all().item<bool>()) throw StepFailure{kNonfiniteField};
     recorded_.emplace_back(begin, values);
     return;

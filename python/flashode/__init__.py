@@ -1,7 +1,9 @@
 """flashode: ordinary differential equations for PyTorch, a drop-in for torchdiffeq."""
 
-from .api import explain, odeint, odeint_adjoint, solve
+from .api import explain, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from .dense import DenseOutput
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
+from .events import Event
 from .extension import build_config
 from .gradient_check import GradientReport, GradientRow, check_gradients
 from .solution import Solution, Stats
@@ -11,6 +13,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "DenseOutput",
+    "Event",
     "GradientReport",
     "GradientRow",
     "GradientWarning",
@@ -23,5 +27,7 @@ __all__ = [
     "explain",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
     "solve",
 ]

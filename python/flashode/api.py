@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from . import batched, transforms
+from dataclasses import replace
+
+import torch
+
+from . import batched, event_gradients, transforms
 from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
+from .arguments import initial_time, joined_times, kind_of
+from .augmented import Path
+from .dense import DenseOutput, dense_output
 from .engines import BATCH_ENGINES, ENGINES, choose, solve_batch
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError, Status
+from .events import Inquiry, events_of
+from .options import warn_of_idle_stops
 from .problem import Problem
+from .progress import require_progress, shown
+from .pytrees import Tree
 from .solution import Solution, finish
 
 
 def odeint(
-    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto"
-):
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
+    progress=False,
+):  # fmt: skip
     """Integrates ``dy/dt = func(t, y, *args)``, ``y(t[0]) = y0``, and returns ``y`` at every time in ``t``.
 
     Gradients flow through the solver's own operations (to ``y0``, ``t`` and everything that
@@ -28,15 +40,17 @@ def odeint(
             the state, or one per member of a tuple state. Fixed-step methods ignore them.
         method: name of a method (README, table of methods); default ``"dopri5"``.
         options: dict for the method (README, table of options).
-        event_fn: callable ``event_fn(t, y)`` returning a Tensor; the solve ends where one of its
-            elements changes sign. ``t`` then holds the initial time and one later time that only
-            gives the direction.
+        event_fn: callable ``event_fn(t, y)`` returning a Tensor, an `Event`, or a tuple of several of
+            either; the solve ends where the first element of any changes sign, to within ``atol`` in
+            ``t``. ``t`` then holds the initial time and one later time that only gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
         engine: ``"auto"``, ``"native"`` or ``"reference"``.
+        progress: whether to show a progress bar (needs tqdm).
 
     Returns:
         Tensor of shape (T, *y0.shape), or a tuple of such; row 0 is ``y0``. With ``event_fn``,
-        ``(event_t, ys)`` where ``ys`` has two rows, at the start and at the event.
+        ``(event_t, ys)`` where ``ys`` has two rows, at the start and at the event; ``event_t`` has no
+        gradient, and ``ys`` that at a fixed time: `odeint_event` and `solve` give both in full.
 
     Raises:
         ArgumentError (a ValueError), ArgumentTypeError (a TypeError): an argument, or what
@@ -49,44 +63,124 @@ def odeint(
         >>> round(y[-1].item(), 5)
         0.36788
     """
-    solution, event_t = _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, True)
-    return solution.ys if event_fn is None else (event_t, solution.ys)
+    problem, solution = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, True
+    )
+    return _returned(event_fn, problem, solution)
 
 
 def solve(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
-    throw=True,
+    progress=False, throw=True, dense=False,
 ) -> Solution:  # fmt: skip
     """`odeint` with the full result: times, values, status and statistics.
 
-    ``throw=False`` returns a failed solve in place of raising its `SolveError`: ``status`` names
-    the reason and the rows that were not reached are NaN. Arguments as for `odeint`.
+    Arguments as for `odeint`, and:
+
+    Args:
+        y0: also any structure that `torch.utils._pytree` knows: dicts, lists, tuples, named tuples
+            and registered classes of Tensors, nested. ``func`` is given that structure and returns
+            it; ``event_fn``, callbacks and ``options["norm"]`` are given it; ``ys`` has it; ``rtol``
+            and ``atol`` may have it. A `SolveError` counts its Tensors in their order.
+        throw: False returns a failed solve in place of raising its `SolveError`: ``status`` names
+            the reason and the rows that were not reached are NaN.
+        dense: whether to keep every step, for ``Solution.sol``: the solution as a function of time,
+            a `DenseOutput`. Methods whose interpolant takes more evaluations (`dopri8`: 3,
+            ``interp="cubic"``: 1) then make them in every step.
+
+    With ``event_fn`` the result says which event fired and when, or that ``until`` came first, and both
+    ``event_t`` and ``ys`` have all gradients that `odeint_event` gives them.
 
     Example:
-        >>> solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0])).status.name
-        'SUCCESS'
+        >>> solution = solve(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), dense=True)
+        >>> solution.status.name, round(solution.sol(0.5).item(), 5)
+        ('SUCCESS', 0.60653)
     """
-    return _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw)[0]
+    tree = Tree.of(y0)
+    if tree is not None:
+        func, y0 = tree.field(func), tree.members(y0, "y0")
+        rtol, atol = tree.tolerance("rtol", rtol), tree.tolerance("atol", atol)
+        options = tree.options(options)
+        event_fn = tuple(replace(e, fn=tree.reader(e.fn, place=1)) for e in events_of(event_fn)) or None
+    problem, solution = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense
+    )
+    if problem.events and solution.status == Status.EVENT:
+        solution.event_t, solution.ys = event_gradients.attach(
+            problem, problem.events, solution.event_index, solution.event_t, solution.ys
+        )
+        solution.ts = torch.stack([problem.t[0], solution.event_t])
+    if tree is not None:
+        solution.ys = tree.rebuild(solution.ys)
+        if dense:
+            solution.dense = replace(solution.dense, tree=tree)
+    return solution
 
 
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, throw):
+def odeint_dense(
+    func, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None, args=(), engine="auto",
+    progress=False,
+) -> DenseOutput:  # fmt: skip
+    """Integrates from ``t0`` to ``t1`` and returns the solution as a function of time.
+
+    Args:
+        t0, t1: numbers, or Tensors of one element, in either order; equal ones give a function
+            of that time alone. Gradients flow to them.
+        func, y0, rtol, atol, method, options, args, engine, progress: as for `solve`.
+
+    Returns:
+        `DenseOutput`, called as ``sol(t)`` with numbers or Tensors of times.
+
+    Raises:
+        As `odeint`.
+
+    Example:
+        >>> sol = odeint_dense(lambda t, y: -y, torch.ones(1), 0.0, 1.0)
+        >>> sol(torch.tensor([[0.0, 0.5]])).shape
+        torch.Size([1, 2, 1])
+    """
+    return solve(
+        func, y0, joined_times(t0, t1), rtol=rtol, atol=atol, method=method, options=options, args=args,
+        engine=engine, progress=progress, dense=True,
+    ).sol  # fmt: skip
+
+
+def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense=False):
+    require_progress(progress)
     if batched.asked_for(options):
+        batched.require_one_clock(progress, dense)
         problem = batched.BatchProblem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
         outcome, name = solve_batch(problem, engine)
-        return batched.finish(problem, outcome, name, throw), None
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+        return problem, batched.finish(problem, outcome, name, throw)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
-    outcome = ENGINES[name].solve(problem)
-    event_t = None
-    if event_fn is not None:
-        event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
-    return finish(problem, outcome, name, throw), event_t
+    path = Path() if dense else None
+    with shown(problem, progress) as watched:
+        outcome = ENGINES[name].solve(watched, path)
+    solution = finish(problem, outcome, name, throw)
+    if dense:
+        solution.dense = dense_output(problem, path, outcome)
+    return problem, solution
+
+
+def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
+    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    if problem.adaptive and event_fn is None:
+        warn_of_idle_stops(options, problem.t)
+    return problem
+
+
+def _returned(event_fn, problem: Problem, solution: Solution):
+    """What `odeint` returns of a solution."""
+    if isinstance(event_fn, Inquiry):
+        event_fn.answer = problem, solution.event_index
+    return (solution.event_t, solution.ys) if problem.events else solution.ys
 
 
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
-    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto",
+    adjoint_params=None, adjoint="backsolve", checkpoints=None, args=(), engine="auto", progress=False,
 ):  # fmt: skip
     """`odeint` whose backward pass is a solve of its own, in place of a graph of every step.
 
@@ -117,9 +211,10 @@ def odeint_adjoint(
         checkpoints: most states that ``"checkpoint"`` holds at a time, at least 1; steps between
             them are solved again. None for all.
         args: tuple of further arguments of ``func``; Tensors anywhere in it get gradients.
+        progress: whether to show a progress bar, in the backward pass another one.
 
     Returns:
-        As `odeint`. With ``event_fn`` the event's time carries no gradient.
+        As `odeint`.
 
     Raises:
         As `odeint`, in the backward pass too; ArgumentError when ``func`` is not a Module and
@@ -138,15 +233,73 @@ def odeint_adjoint(
         )
     if batched.asked_for(options):
         raise ArgumentError("odeint_adjoint has no options['batched']; use odeint, which has gradients per sample")
+    require_progress(progress)
     params = collect_params(func, adjoint_params, args)
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     spec = make_spec(
         problem, options, rtol, atol, method,
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,
+        progress,
     )  # fmt: skip
-    solution, event_t = solve_with_adjoint(problem, spec, params, name)
-    return solution.ys if event_fn is None else (event_t, solution.ys)
+    return _returned(event_fn, problem, solve_with_adjoint(problem, spec, params, name))
+
+
+def odeint_event(func, y0, t0, *, event_fn, reverse_time=False, odeint_interface=odeint, **kwargs):
+    """Solves until an event, and gives the event's time and the state there all their gradients.
+
+    They follow what moves the solution, the parameters of the event function, and ``t0``, by the
+    implicit function theorem. That takes an event function with a derivative, which a comparison is
+    not, and a solution that crosses zero and does not only touch it. A backward pass calls ``func``
+    once more, at the event; second derivatives are refused.
+
+    Args:
+        func, y0: as for `odeint`.
+        t0: initial time, a number or a Tensor of one element.
+        event_fn: as for `odeint`: a callable, an `Event`, or several of either.
+        reverse_time: solve towards smaller ``t``.
+        odeint_interface: `odeint`, `odeint_adjoint`, or a callable with their signature such as a
+            ``functools.partial`` of them. Another library's serves, but for what it does not know:
+            an `Event` with a direction or an end.
+        kwargs: further arguments of ``odeint_interface``.
+
+    Returns:
+        ``(event_t, ys)``: a 0-d Tensor of the dtype of ``t0``, that of ``y0`` where it is a number;
+        and the states at the start and at the event, a Tensor of shape (2, *y0.shape) or a tuple of
+        such. Where an `Event`'s ``until`` came first, that time and the state there.
+
+    Raises:
+        As ``odeint_interface``; ArgumentError in the backward pass where the event's time has no
+        gradient.
+
+    Example:
+        >>> h = torch.tensor(20.0, requires_grad=True)
+        >>> fall = lambda t, y: torch.stack([y[1], -10 + 0 * y[1]])
+        >>> t, _ = odeint_event(fall, torch.stack([h, 0 * h]), 0.0, event_fn=lambda t, y: y[0])
+        >>> t.backward()
+        >>> round(t.item(), 4), round(h.grad.item(), 4)  # sqrt(2 h / g), and its derivative
+        (2.0, 0.05)
+    """
+    if not callable(odeint_interface):
+        raise ArgumentTypeError(
+            f"odeint_interface must be callable as odeint is, got {kind_of(odeint_interface)}"
+        )
+    t0 = initial_time(t0, y0)
+    # The second time only says in which direction.
+    away = 1 + t0.detach().abs()
+    t = torch.stack([t0, t0.detach() - away if reverse_time else t0.detach() + away])
+    inquiry = Inquiry(events_of(event_fn))
+    if not inquiry.events:
+        raise ArgumentTypeError("event_fn must be callable as event_fn(t, y), got None")
+    result = odeint_interface(func, y0, t, event_fn=inquiry, **kwargs)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise ArgumentTypeError(
+            f"odeint_interface must return (event_t, ys) as odeint does, got {kind_of(result)}"
+        )
+    if inquiry.answer is None:
+        return event_gradients.attach_foreign(func, y0, t, inquiry.events, *result, kwargs.get("args", ()))
+    problem, index = inquiry.answer
+    return result if index < 0 else event_gradients.attach(problem, inquiry.events, index, *result)
 
 
 def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=()) -> str:

@@ -50,7 +50,10 @@ def flat_state(y0):
         _state_member(y0, "y0")
         return y0, None, None
     if not isinstance(y0, tuple):
-        raise ArgumentTypeError(f"y0 must be either a torch.Tensor or a tuple of Tensors, got {kind_of(y0)}")
+        raise ArgumentTypeError(
+            f"y0 must be either a torch.Tensor or a tuple of Tensors, got {kind_of(y0)}; solve takes dicts, "
+            "lists and nested tuples of Tensors"
+        )
     if not y0:
         raise ArgumentError("y0 is an empty tuple; give at least one Tensor")
     for i, member in enumerate(y0):
@@ -154,6 +157,38 @@ def forward_times(t, name) -> tuple[list[float], float]:
                 f"{values[i - 1]!r} and {name}[{i}] = {values[i]!r}"
             )
     return forward, direction
+
+
+def initial_time(t0, y0) -> torch.Tensor:
+    """The time at which a solve begins as a 0-d tensor; a number takes the state's precision."""
+    if isinstance(t0, torch.Tensor):
+        if not t0.is_floating_point():
+            raise ArgumentTypeError(f"t0 must be a number or a floating point Tensor, got {t0.dtype}")
+        if t0.numel() != 1:
+            raise ArgumentError(f"t0 must have one element, got shape {tuple(t0.shape)}")
+        return t0.reshape(())
+    number = real_number(t0)
+    if number is None:
+        raise ArgumentTypeError(f"t0 must be a number or a Tensor of one element, got {kind_of(t0)}")
+    flat, _, _ = flat_state(y0)
+    return torch.tensor(number, dtype=_wide(flat), device=flat.device)
+
+
+def joined_times(t0, t1) -> torch.Tensor:
+    """The ends of an interval, numbers or Tensors of one element, as ``t``; equal ones are one time."""
+    like = [end for end in (t0, t1) if isinstance(end, torch.Tensor)]
+    ends = []
+    for name, end in (("t0", t0), ("t1", t1)):
+        if isinstance(end, torch.Tensor):
+            require_readable(end, f"the check of {name}")
+        if real_number(end) is None:
+            raise ArgumentTypeError(f"{name} must be a number or a Tensor of one element, got {kind_of(end)}")
+        if not isinstance(end, torch.Tensor):
+            end = torch.tensor(real_number(end), dtype=torch.float64)
+        ends.append(end.to(like[0].device if like else "cpu").reshape(()))
+    dtype = torch.promote_types(*(end.dtype for end in ends))
+    t = torch.stack([end.to(dtype) for end in ends])
+    return t[:1] if t[0] == t[1] else t
 
 
 def tolerance(name, value, y0, sizes):

@@ -12,27 +12,30 @@ import torch
 from . import arguments
 from .errors import Status
 from .problem import Problem
+from .progress import Progress
 
 
 @dataclass
 class Path:
     """A solve as one polynomial a step: what its dense output makes of it.
 
-    Times are on the forward clock of the solve. ``polynomials[i]`` has shape (1 + degree, *state)
-    and holds y at ``begins[i]`` and the coefficients of x, x^2, ..., where x runs from 0 there to 1
-    at ``ends[i]``.
+    Times are on the forward clock of the solve. ``polynomials[i]`` has shape (1 + degree, *state),
+    with one degree for all, and holds y at ``begins[i]`` and the coefficients of x, x^2, ..., where x runs from 0 there to 1
+    at ``ends[i]``. ``shifts[i]`` are zeros that carry the gradients of both ends, or None.
     """
 
     begins: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     polynomials: list[torch.Tensor] = field(default_factory=list)
+    shifts: list[tuple] = field(default_factory=list)
     as_polynomials = True
 
-    def add(self, t0: float, t1: float, polynomial: torch.Tensor):
-        """Called by an engine for every step it accepts."""
+    def add(self, t0: float, t1: float, polynomial: torch.Tensor, shift0=None, shift1=None):
+        """Called by an engine for every step it accepts; a step begins where the one before it ended."""
         self.begins.append(t0)
         self.ends.append(t1)
         self.polynomials.append(polynomial)
+        self.shifts.append((shift0, shift1))
 
     def release(self) -> list[torch.Tensor]:
         """Hands over the polynomials."""
@@ -106,6 +109,9 @@ class Augmented:
 
     def report(self, callback, t0: float, vjp_t, y, adj_y, adj_params, dt: float):
         """Calls one of the caller's callbacks, if there is one, with ``(t0, augmented state, dt)``."""
+        if isinstance(callback, Progress):
+            callback.advance(t0, dt)
+            callback = callback.inner
         if callback is not None:
             t0, dt = (
                 torch.tensor(x, dtype=torch.float64, device=y.device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from . import arguments, transforms
 from . import options as choices
@@ -35,6 +36,13 @@ def asked_for(options) -> bool:
     if choices.flag(options, "compact") and not batched:
         raise ArgumentError("options['compact'] drops finished samples of a batch; it needs options['batched']")
     return batched
+
+
+def require_one_clock(progress, dense):
+    """Refuses what only a solve with one clock for the whole state has."""
+    for name, asked in (("progress", progress), ("dense", dense)):
+        if asked:
+            raise ArgumentError(f"{name}=True cannot be used with options['batched']: samples have clocks of their own")
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,8 +333,7 @@ class BatchSolution(Solution):
         return self.status == Status.SUCCESS
 
     def __repr__(self):
-        members = self.ys if isinstance(self.ys, tuple) else (self.ys,)
-        shapes = ", ".join(f"{tuple(y.shape)} {str(y.dtype)[6:]}" for y in members)
+        shapes = ", ".join(f"{tuple(y.shape)} {str(y.dtype)[6:]}" for y in tree_leaves(self.ys))
         s = self.stats
         return (
             f"BatchSolution({int(self.succeeded.sum())} of {len(self.status)} samples solved: {s.method} on the "

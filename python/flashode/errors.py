@@ -11,6 +11,7 @@ class Status(enum.IntEnum):
 
     NONFINITE_ERROR: the error relative to the tolerance is not finite although the state and its
     slopes are, as where ``atol`` is 0 and the state vanishes.
+    NO_EVENT: the end given as ``until`` was reached, and none of the events was met.
     """
 
     SUCCESS = 0
@@ -20,10 +21,11 @@ class Status(enum.IntEnum):
     NONFINITE_STATE = 4
     EVENT = 5
     NONFINITE_ERROR = 6
+    NO_EVENT = 8
 
     @property
     def ok(self) -> bool:
-        return self in (Status.SUCCESS, Status.EVENT)
+        return self in (Status.SUCCESS, Status.EVENT, Status.NO_EVENT)
 
 
 class ArgumentError(ValueError, AssertionError):

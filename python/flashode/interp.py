@@ -17,10 +17,12 @@ class Dense:
 
     ``weights[j][d]`` is the coefficient of ``x**(d+1)`` in ``w_j``. Where the stages of the step
     do not suffice, ``extra_c`` and ``extra_a`` add stages that are evaluated only in steps that
-    hold an output; ``weights`` then has ``s + len(extra_c)`` rows.
+    hold an output; ``weights`` then has ``s + len(extra_c)`` rows. ``order`` is that of the extension
+    as a method, of stages that are exact to it.
     """
 
     weights: tuple[Row, ...]
+    order: int
     extra_c: Row = ()
     extra_a: tuple[Row, ...] = ()
 
@@ -52,8 +54,8 @@ def _unit(j: int, s: int) -> Row:
     return tuple(Fraction(int(i == j)) for i in range(s))
 
 
-def _dense(columns: list[Row], **extra) -> Dense:
-    return Dense(weights=tuple(zip(*columns)), **extra)
+def _dense(columns: list[Row], order: int, **extra) -> Dense:
+    return Dense(weights=tuple(zip(*columns)), order=order, **extra)
 
 
 def _mix(*terms: tuple[int, Row]) -> Row:
@@ -62,13 +64,13 @@ def _mix(*terms: tuple[int, Row]) -> Row:
 
 def linear(tableau: Tableau) -> Dense:
     """The chord from ``y0`` to ``y1``."""
-    return _dense([tableau.b])
+    return _dense([tableau.b], 1)
 
 
 def quadratic(tableau: Tableau) -> Dense:
     """The parabola through ``y0``, ``f0`` and ``y1``: second order, no further evaluation."""
     f0 = _unit(0, tableau.stages)
-    return _dense([f0, _mix((1, tableau.b), (-1, f0))])
+    return _dense([f0, _mix((1, tableau.b), (-1, f0))], 2)
 
 
 def hermite(tableau: Tableau) -> Dense:
@@ -81,7 +83,7 @@ def hermite(tableau: Tableau) -> Dense:
         extra = {"extra_c": row(1), "extra_a": (tableau.b,)}
     f0, f1 = _unit(0, s), _unit(s - 1, s)
     columns = [f0, _mix((3, b), (-2, f0), (-1, f1)), _mix((-2, b), (1, f0), (1, f1))]
-    return _dense(columns, **extra)
+    return _dense(columns, 3, **extra)
 
 
 def quartic(tableau: Tableau, b_mid: Row) -> Dense:
@@ -95,7 +97,8 @@ def quartic(tableau: Tableau, b_mid: Row) -> Dense:
             _mix((-4, f0), (1, f1), (-5, b), (16, b_mid)),
             _mix((5, f0), (-3, f1), (14, b), (-32, b_mid)),
             _mix((-2, f0), (2, f1), (-8, b), (16, b_mid)),
-        ]
+        ],
+        4,
     )
 
 

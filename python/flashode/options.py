@@ -124,17 +124,7 @@ def _stops(options, begin, direction):
     """Times that steps must end on, ascending on the forward clock."""
     stops = []
     for name, is_jump in (("step_t", False), ("jump_t", True)):
-        values = options.get(name)
-        if values is None:
-            continue
-        try:
-            if isinstance(values, torch.Tensor) and values.is_complex():
-                raise TypeError("complex times")
-            values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
-        if any(math.isnan(v) for v in values):
-            raise ArgumentError(f"options[{name!r}] holds NaN")
+        values = _times_of(options, name)
         # parity: times before the start are dropped in silence.
         stops += [(direction * v, is_jump) for v in values if direction * v > begin]
     stops.sort()
@@ -143,7 +133,41 @@ def _stops(options, begin, direction):
     return tuple(stops)
 
 
-def fixed_fields(options, method: Method, func, y0, t, times, direction, event_fn) -> dict:
+def _times_of(options, name) -> list[float]:
+    values = options.get(name)
+    if values is None:
+        return []
+    try:
+        if isinstance(values, torch.Tensor) and values.is_complex():
+            raise TypeError("complex times")
+        values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentTypeError(f"options[{name!r}] must hold times, got {kind_of(values)}") from error
+    if any(math.isnan(v) for v in values):
+        raise ArgumentError(f"options[{name!r}] holds NaN")
+    return values
+
+
+def warn_of_idle_stops(options, t):
+    """Warns where none of the times to land on lies in the solve: they may be meant for another clock.
+
+    That some lie outside is no mistake: a path's jumps are given for every part of it that is solved.
+    """
+    for name in ("step_t", "jump_t"):
+        values = _times_of(options or {}, name)
+        if not values or len(t) == 1:
+            continue
+        ends = t[0].item(), t[-1].item()
+        if not any(min(ends) <= v <= max(ends) for v in values):
+            warnings.warn(
+                f"options[{name!r}]: none of its {len(values)} times lies between t[0] = {ends[0]} and t[-1] = {ends[1]}; "
+                "the solve will land on none"
+            )
+
+
+def fixed_fields(options, method: Method, func, y0, t, times, direction, until) -> dict:
+    """``until`` is the forward time at which a solve until an event ends, inf for none; None for other
+    solves."""
     interp = options.get("interp", "linear")
     if not isinstance(interp, str) or interp not in ("linear", "cubic"):
         raise ArgumentError(
@@ -153,13 +177,15 @@ def fixed_fields(options, method: Method, func, y0, t, times, direction, event_f
     constructor = options.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
-    if event_fn is not None and step_size is None:
+    if until is not None and step_size is None:
         raise ArgumentError(
             "Event handling for fixed step solvers currently requires `step_size` to be provided in options."
         )
     clock = direction * t.to("cpu", torch.float64)
-    if event_fn is not None:
-        grid = clock[:1]
+    if until == math.inf:
+        grid = clock[:1]  # steps go on from there
+    elif until is not None:
+        grid = even_grid(torch.cat([clock[:1], clock.new_tensor([until])]), [times[0], until], step_size)
     elif step_size is not None:
         grid = even_grid(clock, times, step_size)
     elif constructor is not None:

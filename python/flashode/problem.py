@@ -16,9 +16,11 @@ from . import options as choices
 from .arguments import kind_of, require_dense
 from .control import Controller
 from .errors import ArgumentError, ArgumentTypeError
+from .events import Event, end_of, events_of
 from .interp import Dense
 from .methods import Method
 from .options import MAX_NUM_STEPS
+from .progress import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,8 @@ class Problem:
 
     Attributes:
         y0: the state, of any shape, or flat (N,) for tuples.
-        t: the caller's times, shape (T,).
+        t: the caller's times, shape (T,). With events the second gives but the direction, and carries
+            no gradient.
         times: the same on the forward clock, as floats.
         grid: step ends of a fixed-step method on the forward clock (float64 tensor, may carry
             gradients of ``t``); None for adaptive methods.
@@ -41,6 +44,8 @@ class Problem:
             root mean square over the members.
         stops: ``(time, is_jump)`` that steps must end on, ascending.
         max_num_steps: trial steps allowed between two output times.
+        events: what the solve ends at; none for a solve through all times.
+        until: forward time at which a solve without event ends.
         callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
         counted: members that the default norm covers, from the first; None for all.
         args: what ``func`` is called with after ``(t, y)``.
@@ -67,7 +72,8 @@ class Problem:
     steps_on_times: bool = False
     perturb: bool = False
     callbacks: tuple[Callable | None, ...] = (None, None, None)
-    event_fn: Callable | None = None
+    events: tuple[Event, ...] = ()
+    until: float = math.inf
     counted: int | None = None
     args: tuple = ()
 
@@ -98,14 +104,19 @@ class Problem:
         return ends
 
     @cached_property
+    def end(self) -> float:
+        """Forward time that no step passes, inf where steps may pass all times."""
+        return self.until if self.events or self.overshoot else self.times[-1]
+
+    @cached_property
     def time_bounds(self) -> tuple[float, float]:
         """Least and greatest forward time that ``func`` may see, as values of `time_dtype`.
 
         Rounding to a dtype coarser than the clock must not leave the interval.
         """
-        if self.overshoot or self.event_fn is not None:
+        begin, end = self.times[0], self.end
+        if end == math.inf:
             return -math.inf, math.inf
-        begin, end = self.times[0], self.times[-1]
         if self.grid is not None:
             begin, end = min(begin, self.grid[0].item()), max(end, self.grid[-1].item())
         if self.time_dtype == torch.float64:
@@ -120,13 +131,7 @@ class Problem:
 
     def unflatten(self, y: torch.Tensor, batch: int = 0):
         """The caller's view of a flat state with ``batch`` leading dimensions."""
-        if self.shapes is None:
-            return y
-        lead, ends = y.shape[:batch], self.offsets
-        return tuple(
-            arguments.to_dtype(dtype, y[..., begin:end].reshape((*lead, *shape)))
-            for begin, end, shape, dtype in zip(ends, ends[1:], self.shapes, self.dtypes)
-        )
+        return y if self.shapes is None else members_of(y, self.offsets, self.shapes, self.dtypes, batch)
 
     def slope(self, value) -> torch.Tensor:
         """What ``func`` returned, checked and in the layout of ``y0``.
@@ -177,6 +182,9 @@ class Problem:
 
     def report(self, callback, t0: float, y0: torch.Tensor, dt: float):
         """Calls one of the caller's callbacks, if there is one, with ``(t0, y0, dt)``."""
+        if isinstance(callback, Progress):
+            callback.advance(t0, dt)
+            callback = callback.inner
         if callback is not None:
             t0, dt = (
                 torch.tensor(x, dtype=torch.float64, device=y0.device) for x in (self.direction * t0, dt)
@@ -194,19 +202,21 @@ class Problem:
         chosen = arguments.method_named(method)
         options = choices.known_options(options, chosen)
         times, direction = arguments.forward_times(t, "t")
-        if event_fn is not None and not callable(event_fn):
-            raise ArgumentTypeError(f"event_fn must be callable as event_fn(t, y), got {kind_of(event_fn)}")
-        if event_fn is not None and len(times) != 2:
+        events = events_of(event_fn)
+        if events and len(times) != 2:
             raise ArgumentError(
                 f"We require len(t) == 2 when in event handling mode, but got len(t)={len(times)}."
             )
+        until = end_of(events, times[0], direction)
+        if events:
+            t = torch.cat([t[:1], t[1:].detach()])
         if t.device != y0.device:
             if t.device.type != "cpu":
                 warnings.warn(
                     f"t is not on the same device as y0 ({t.device}, {y0.device}). Coercing to y0.device."
                 )
         arguments.require_finite(y0, shapes, chosen)
-        if not chosen.adaptive and event_fn is None:
+        if not chosen.adaptive and not events:
             rtol = atol = 0.0  # ignored, whatever they are
         sizes = None if shapes is None else [s.numel() for s in shapes]
         rtol, atol = (arguments.tolerance(n, v, y0, sizes) for n, v in (("rtol", rtol), ("atol", atol)))
@@ -215,7 +225,9 @@ class Problem:
             rtol, atol = arguments.floored(rtol, atol, y0)
             particular = choices.adaptive_fields(options, chosen, times[0], direction)
         else:
-            particular = choices.fixed_fields(options, chosen, func, y0, t, times, direction, event_fn)
+            particular = choices.fixed_fields(
+                options, chosen, func, y0, t, times, direction, until if events else None
+            )
         return Problem(
             func=func,
             y0=y0,
@@ -228,10 +240,19 @@ class Problem:
             rtol=rtol,
             atol=atol,
             callbacks=arguments.callbacks_of(func, chosen),
-            event_fn=event_fn,
+            events=events,
+            until=until,
             args=args,
             **particular,
         )
+
+
+def members_of(y: torch.Tensor, offsets, shapes, dtypes, batch: int) -> tuple[torch.Tensor, ...]:
+    """The members of a flat tuple state with ``batch`` leading dimensions."""
+    return tuple(
+        arguments.to_dtype(dtype, y[..., begin:end].reshape((*y.shape[:batch], *shape)))
+        for begin, end, shape, dtype in zip(offsets, offsets[1:], shapes, dtypes)
+    )
 
 
 def _round_up(x: float, dtype: torch.dtype) -> float:

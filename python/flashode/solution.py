@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import SolveError, Status
 
@@ -38,24 +39,49 @@ class Solution:
     """A finished solve.
 
     Attributes:
-        ts: times of the values, shape (T,).
+        ts: times of the values, shape (T,); with events, of the start and of the end.
         ys: values, shape (T, *state); a tuple of such for tuple states. Where ``status`` is a
             failure, the rows that were not reached are NaN.
         status: how it ended.
         stats: what it cost.
+        event_t: with events, the time at which the solve ended, a 0-d tensor: an event's, or ``until``.
+            None without events, and where ``status`` is a failure.
+        event_index: which event fired: its number, where the elements of all that the event functions
+            return are counted from 0 in the order given. For a tuple of functions with one element each
+            that is the place in the tuple. -1 where none fired.
+        sol: the `DenseOutput`, a function of time, of a solve with ``dense=True``.
+
+    A deep copy and a pickle hold the values without the graphs behind them.
     """
 
     ts: torch.Tensor
     ys: torch.Tensor | tuple[torch.Tensor, ...]
     status: Status
     stats: Stats
+    event_t: torch.Tensor | None = None
+    event_index: int = -1
+    dense: object = field(default=None, repr=False)
+
+    @property
+    def sol(self):
+        if self.dense is None:  # an AttributeError, so that hasattr and getattr answer
+            raise AttributeError(
+                "this Solution has values at its output times only; pass dense=True to solve for sol"
+            )
+        return self.dense
+
+    def __copy__(self):
+        return replace(self)
+
+    def __getstate__(self):
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, dict(vars(self)))
 
     def __repr__(self):
-        members = self.ys if isinstance(self.ys, tuple) else (self.ys,)
-        shapes = ", ".join(f"{tuple(y.shape)} {str(y.dtype)[6:]}" for y in members)
+        shapes = ", ".join(f"{tuple(y.shape)} {str(y.dtype)[6:]}" for y in tree_leaves(self.ys))
         s, first, last = self.stats, self.ts[0].item(), self.ts[-1].item()
+        event = f" {self.event_index}" if self.event_index >= 0 else ""
         return (
-            f"Solution({self.status.name.lower()}: {s.method} on the {s.engine} engine, "
+            f"Solution({self.status.name.lower()}{event}: {s.method} on the {s.engine} engine, "
             f"t = {first:g} … {last:g}, ys {shapes}; "
             f"{s.accepted} steps, {s.rejected} rejected, {s.nfe} calls of func)"
         )
@@ -81,6 +107,7 @@ class Outcome:
     k: list[torch.Tensor] = field(default_factory=list)
     y1: torch.Tensor | None = None
     event_t: float = math.nan
+    event_index: int = -1
 
 
 def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
@@ -97,7 +124,15 @@ def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
         if throw:  # held by no variable here: a traceback would hold its error, and the state, in a circle
             raise _failure(problem, outcome)
         outcome.status = _failure(problem, outcome).reason
-    return Solution(problem.t, problem.unflatten(outcome.ys, batch=1), outcome.status, stats)
+    solution = Solution(problem.t, problem.unflatten(outcome.ys, batch=1), outcome.status, stats)
+    if problem.events:
+        # What had fired at the start, or ended there, moves with the start.
+        at_start = outcome.status.ok and outcome.accepted == 0
+        end = problem.t[0] if at_start else problem.t.new_tensor(problem.direction * outcome.event_t)
+        solution.ts = torch.stack([problem.t[0], end])
+        solution.event_t = end if outcome.status.ok else None
+        solution.event_index = outcome.event_index
+    return solution
 
 
 def backward_failure(problem, result) -> SolveError:
@@ -137,9 +172,10 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
         ),
         Status.MAX_STEPS: (
             f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps}) before an event, at t={t!r}",
-            "event_fn may never change sign; or raise options={'max_num_steps': ...}, or the step_size of fixed steps",
+            "event_fn may never change sign: flashode.Event(event_fn, until=...) ends such a solve; or raise "
+            "options={'max_num_steps': ...}, or the step_size of fixed steps",
         )
-        if problem.event_fn is not None
+        if problem.events
         else (
             f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps}) between "
             f"two output times, at t={t!r} with dt={dt!r}"

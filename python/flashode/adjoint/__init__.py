@@ -14,17 +14,17 @@ from ..augmented import Path
 from ..engines import ENGINES
 from ..errors import ArgumentError
 from ..problem import Problem
+from ..progress import shown
 from ..solution import Solution, finish
 from . import backsolve, checkpoint
 from .apart import apart
+from .first_only import first_only
 from .spec import AdjointSpec, Record
 
 _MODES = {"backsolve": backsolve, "interpolated": backsolve, "checkpoint": checkpoint}
 
 
-def solve_with_adjoint(
-    problem: Problem, spec: AdjointSpec, params: tuple, engine: str
-) -> tuple[Solution, torch.Tensor | None]:
+def solve_with_adjoint(problem: Problem, spec: AdjointSpec, params: tuple, engine: str) -> Solution:
     """Solves ``problem`` with gradients to its state, its times and ``params`` by `spec`."""
     # The engine works on values alone; autograd sees one node with these inputs.
     grid = problem.grid
@@ -39,19 +39,21 @@ def solve_with_adjoint(
     if spec.mode == "interpolated" and needed:
         recording = Path()
     result = []
-    ys, event_t = _Adjoint.apply(values, spec, engine, recording, result, *inputs)
+    ys = _Adjoint.apply(values, spec, engine, recording, result, *inputs)
     (solution,) = result
     solution.ys = problem.unflatten(ys, batch=1)
-    return solution, (event_t if problem.event_fn is not None else None)
+    if problem.events and solution.stats.accepted == 0:
+        solution.event_t = problem.t[0]
+    return solution
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, spec, engine, recording, result, y0, t, grid, *params):
-        outcome = ENGINES[engine].solve(problem, recording)
-        result.append(finish(problem, outcome, engine, throw=True))
-        event_t = problem.t.new_tensor(problem.direction * outcome.event_t)
-        times = problem.t if problem.event_fn is None else torch.stack([problem.t[0], event_t])
+        with shown(problem, spec.progress) as watched:
+            outcome = ENGINES[engine].solve(watched, recording)
+        solution = finish(problem, outcome, engine, throw=True)
+        result.append(solution)
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
         ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
         ctx.autocast = _autocast(problem.y0.device.type)
@@ -62,12 +64,11 @@ class _Adjoint(torch.autograd.Function):
             recording.event_t = outcome.event_t
             # For second derivatives; what requires none may be written into.
             given = [x if x is not None and x.requires_grad else None for x in (y0, t, grid)]
-        ctx.save_for_backward(times, outcome.ys, *given, *params, *polynomials)
-        ctx.mark_non_differentiable(event_t)
-        return outcome.ys, event_t
+        ctx.save_for_backward(solution.ts, outcome.ys, *given, *params, *polynomials)
+        return outcome.ys
 
     @staticmethod
-    def backward(ctx, grad_ys, _):
+    def backward(ctx, grad_ys):
         t, ys, *saved = ctx.saved_tensors
         given, params, polynomials = saved[:3], saved[3 : 3 + ctx.params], saved[3 + ctx.params :]
         steps = ctx.recording
@@ -87,7 +88,11 @@ class _Adjoint(torch.autograd.Function):
             adj_params = apart(params, adj_params)
         grads = adj_y, grad_t, grad_grid, *adj_params
         if with_graph and mode is not checkpoint:
-            grads = _FirstOnly.apply(torch.zeros((), requires_grad=True), *grads)
+            grads = first_only(
+                grads,
+                "odeint_adjoint gives first derivatives only; for second ones (create_graph=True, gradient "
+                "penalties) use odeint, which differentiates the solver's own steps",
+            )
         return None, None, None, None, None, *grads
 
 
@@ -107,22 +112,4 @@ def _require_finite_gradients(t, grad_ys):
             f"the gradient of the loss with respect to the outputs of odeint_adjoint holds {int(bad.sum())} "
             f"non-finite values, the last at output {output} "
             f"(t={t[output].item():g}); look for the cause in the loss"
-        )
-
-
-class _FirstOnly(torch.autograd.Function):
-    """Passes gradients on, and refuses to be differentiated.
-
-    Without it a second derivative would be taken for zero: these gradients have no graph.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor, *grads):
-        return tuple(None if g is None else g.clone() for g in grads)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "odeint_adjoint gives first derivatives only; for second ones (create_graph=True, gradient "
-            "penalties) use odeint, which differentiates the solver's own steps"
         )

@@ -20,6 +20,7 @@ from ..engines import SWEEPS
 from ..errors import GradientWarning
 from ..options import even_grid
 from ..problem import Problem
+from ..progress import shown
 from ..solution import backward_failure
 from . import restart
 from .once import first_time
@@ -42,7 +43,8 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
         vjp_t, adj_y, adj_params = restart.sweep(record, grad_ys, grad_t)
     else:
         augmented = _augmented(record, grad_ys, needs_t)
-        result = SWEEPS[record.engine](augmented)
+        with shown(augmented.problem, record.spec.progress, "backward") as watched:
+            result = SWEEPS[record.engine](replace(augmented, problem=watched))
         if not result.status.ok:
             raise backward_failure(augmented.problem, result)
         _warn_of_drift(augmented.problem, result)
@@ -51,8 +53,6 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
             vjp_t = vjp_t - grad_t.sum()  # moving every time does not move the outputs
     if needs_t:
         grad_t[0] = vjp_t
-        if record.problem.event_fn is not None:
-            grad_t[1:] = 0  # the event found its own time
     return adj_y, grad_t, adj_params
 
 

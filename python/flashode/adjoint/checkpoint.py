@@ -14,6 +14,7 @@ import torch
 
 from ..engines import ENGINES
 from ..problem import Problem
+from ..progress import counted
 from ..solution import Landing
 from .apart import apart
 from .reached import warn_unlisted
@@ -80,12 +81,14 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_time: bool):
     kept = thinned(steps, slots, list(states))
     for step in set(states) - set(kept):
         del states[step]
-    for start, stop, reverse in reversal(steps, slots, kept):
-        state = states.pop(start) if start == stop else sweep.replay.advance(states[start], start, stop)
-        if reverse:
-            sweep.reverse(state, stop)
-        else:
-            states[stop] = state
+    with counted(steps, record.spec.progress, f"{record.problem.method.name} backward") as reversed_one:
+        for start, stop, reverse in reversal(steps, slots, kept):
+            state = states.pop(start) if start == stop else sweep.replay.advance(states[start], start, stop)
+            if reverse:
+                sweep.reverse(state, stop)
+                reversed_one()
+            else:
+                states[stop] = state
     return sweep.results()
 
 
@@ -99,8 +102,6 @@ def differentiable_gradients(record: Record, grad_ys: torch.Tensor, given):
             # x - x.detach() is zero and has the gradient of x.
             clock = problem.direction * (record.t if t is None else t).to("cpu", torch.float64)
             shifts = points = clock - clock.detach()
-            if problem.event_fn is not None:
-                shifts = shifts[:1].expand(2)  # the event moves with the start
             if grid is not None:
                 points = grid - grid.detach()
         replay = _Replay(record, shifts, points)
@@ -213,15 +214,14 @@ class _Sweep:
             return adj_y, None, adj_params, None
         of_times, of_points = self.totals[len(self.params) :]
         grad_t = (problem.direction * of_times).to(problem.t)
-        if problem.event_fn is not None:
-            grad_t = torch.stack([grad_t.sum(), torch.zeros_like(grad_t[0])])  # it moves with the start
         return adj_y, grad_t, adj_params, None if problem.adaptive else of_points
 
 
 def _moved_by(problem: Problem, steps):
     """Which time each end of a step moves with, which grid point for fixed steps; None: with none."""
     if not problem.adaptive:
-        return [0] * (len(steps) + 1) if problem.event_fn is not None else range(len(steps) + 1)
+        # Without an end the grid is the start alone, and every step moves with it.
+        return [0] * (len(steps) + 1) if len(problem.grid) == 1 else range(len(steps) + 1)
     moved_by = [0]
     for *_, landing in steps:
         moved_by.append({Landing.FREE: moved_by[-1], Landing.END: -1}.get(landing))
@@ -231,8 +231,8 @@ def _moved_by(problem: Problem, steps):
 def _with_outputs(record: Record) -> Problem:
     """The problem with the event, if there is one, as an output like any other."""
     problem = record.problem
-    if problem.event_fn is None:
+    if not problem.events:
         return problem
     # The step in which it lies was taken to its end: its stages may see times past the event.
     times = [problem.times[0], record.steps.event_t]
-    return replace(problem, event_fn=None, overshoot=True, t=record.t, times=times)
+    return replace(problem, events=(), overshoot=True, t=record.t, times=times)

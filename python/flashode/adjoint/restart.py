@@ -9,6 +9,7 @@ import torch
 
 from ..engines import ENGINES, choose
 from ..problem import Problem
+from ..progress import counted
 from ..solution import finish
 from .reached import warn_unlisted
 from .spec import AdjointSpec, Record, take_callbacks
@@ -21,12 +22,14 @@ def sweep(record: Record, grad_ys, moved):
     field = _AugmentedField(problem, record.params)
     vjp_t = torch.zeros((), dtype=ys.dtype, device=ys.device)
     adj_y, adj_params = grad_ys[-1], [torch.zeros_like(p) for p in record.params]
-    for i in range(len(t) - 1, 0, -1):
-        if moved is not None:
-            vjp_t = vjp_t - moved[i]  # moving every time does not move the outputs
-        back = t[i - 1 : i + 1].flip(0)
-        vjp_t, adj_y, adj_params = _solve_back(field, record.spec, back, vjp_t, ys[i], adj_y, adj_params)
-        adj_y = adj_y + grad_ys[i - 1]
+    with counted(len(t) - 1, record.spec.progress, f"{problem.method.name} backward") as solved_one:
+        for i in range(len(t) - 1, 0, -1):
+            if moved is not None:
+                vjp_t = vjp_t - moved[i]  # moving every time does not move the outputs
+            back = t[i - 1 : i + 1].flip(0)
+            vjp_t, adj_y, adj_params = _solve_back(field, record.spec, back, vjp_t, ys[i], adj_y, adj_params)
+            adj_y = adj_y + grad_ys[i - 1]
+            solved_one()
     return vjp_t.real, adj_y, adj_params
 
 

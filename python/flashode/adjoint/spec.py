@@ -37,6 +37,7 @@ class AdjointSpec:
     options: dict
     seminorm: bool
     engine: str
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Record:
 def make_spec(
     problem: Problem, func_options, rtol, atol, method,
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, mode, checkpoints, engine,
+    progress,
 ) -> AdjointSpec:  # fmt: skip
     """Defaults of the backward solve, as torchdiffeq has them: those of the forward solve, but for
     the norm, which covers all parts of the augmented state."""
@@ -119,6 +121,7 @@ def make_spec(
         options=options,
         seminorm=seminorm,
         engine=engine,
+        progress=progress,
     )
 
 

@@ -3,7 +3,8 @@
 An engine is a module with ``supports(problem) -> reason or None``, ``solve(problem, recording=None) ->
 Outcome``, which adds every accepted step to a recording if there is one, and ``replay(problem, shifts)``,
 which returns a function that takes such a step again; its sweep, ``sweep(augmented) -> Gradients``,
-is the backward solve of `odeint_adjoint`.
+is the backward solve of `odeint_adjoint`. A recording ``as_polynomials`` is an `augmented.Path`: what is
+added to it is all that dense output needs of an engine.
 """
 
 from __future__ import annotations

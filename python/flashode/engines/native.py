@@ -32,7 +32,7 @@ def supports(problem: Problem) -> str | None:
         return f"no kernels for {y0.device}"
     if y0.device.type == "cuda" and not extension.C.with_cuda:
         return "the extension was compiled without CUDA; rebuild where nvcc is found"
-    if problem.event_fn is not None:
+    if problem.events:
         return "events are located by the reference engine"
     if problem.dtypes is not None and len(set(problem.dtypes)) > 1:
         return "the members of y0 have different dtypes"

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arguments import require_dense
 from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
-from ..errors import ArgumentError, ArgumentTypeError, Status
-from ..events import bisect_event, combine_events
+from ..errors import Status
+from ..events import event_values
 from ..interp import weights_at
 from ..options import MAX_NUM_STEPS
 from ..problem import Problem
 from ..solution import Landing, Outcome
 from ..transforms import is_batched, require_readable
+from .reference_events import solve_until_event
 
 
 def supports(problem: Problem) -> str | None:
@@ -34,9 +34,7 @@ def solve(problem: Problem, recording=None) -> Outcome:
     run = Run(problem)
     run.recording = recording
     try:
-        if problem.event_fn is not None:
-            return run.solve_until_event()
-        return run.solve()
+        return solve_until_event(run) if problem.events else run.solve()
     except StepFailure as failure:
         return run.outcome(failure.status)
 
@@ -148,6 +146,7 @@ class Run:
         # Where the solve stands.
         self.t0, self.y0 = problem.times[0], problem.y0
         self.dt = self.error_ratio = self.event_t = math.nan
+        self.event_index = -1
         self.f0: torch.Tensor | None = None
         self.k: list[torch.Tensor] = []
         self.y1: torch.Tensor | None = None
@@ -161,11 +160,11 @@ class Run:
     def outcome(self, status: Status) -> Outcome:
         rows = torch.stack(self.rows)
         missing = len(self.p.times) - len(rows)
-        if missing and status != Status.EVENT:
+        if missing:
             rows = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), math.nan)])
         return Outcome(
             status, rows, self.nfe, self.accepted, self.rejected, self.accepted_times,
-            self.t0, self.dt, self.error_ratio, self.k, self.y1, self.event_t,
+            self.t0, self.dt, self.error_ratio, self.k, self.y1, self.event_t, self.event_index,
         )  # fmt: skip
 
     def call(self, t, y, shift=None, nudge=0):
@@ -193,8 +192,7 @@ class Run:
             self.k, self.y1, self.error_ratio = [f0], y0, d1
             raise StepFailure(Status.NONFINITE_FIELD)
         h0 = first_guess(d0, d1)
-        if not p.overshoot and p.event_fn is None:
-            h0 = min(h0, p.times[-1] - self.t0)
+        h0 = min(h0, p.end - self.t0)
         y1 = combine(y0, [f0], [p.direction * h0])
         f1 = self.call(self.t0 + h0, y1).detach()
         d2 = self.error_norm(scaled_error(wide(f1) - wide(f0), y0, y0, self.rtol, self.atol)) / h0
@@ -236,8 +234,8 @@ class Run:
         if self.next_stop < len(p.stops):
             stop, is_jump = p.stops[self.next_stop]
             kind = Landing.JUMP if is_jump else Landing.STOP
-        if not p.overshoot and p.event_fn is None and p.times[-1] <= stop:
-            stop, kind = p.times[-1], Landing.END
+        if p.end <= stop:
+            stop, kind = p.end, Landing.END
         return (stop, kind) if t1 >= stop else (t1, Landing.FREE)
 
     def adaptive_step(self) -> Step:
@@ -294,7 +292,7 @@ class Run:
         """Makes the candidate the state."""
         step = Step(self.t0, t1, dt, self.y0, self.y1, self.k, self.shift0, shift1)
         if self.recording is not None and self.recording.as_polynomials:
-            self.recording.add(self.t0, t1, self.polynomial(step))
+            self.recording.add(self.t0, t1, self.polynomial(step), self.shift0, shift1)
         elif self.recording is not None and self.recording.add(self.t0, t1, dt, kind):
             self.recording.hold(self.y0, self.k[0] if self.p.adaptive else None)
         self.t0, self.y0, self.shift0 = t1, self.y1, shift1
@@ -309,9 +307,16 @@ class Run:
             self.call(self.t0, self.y0.clone(), self.shift0, nudge=1) if kind == Landing.JUMP else self.k[-1]
         )
 
-    def extended(self, step: Step, signed_dt):
+    def signed_dt(self, step: Step):
+        """The length of the step on the caller's clock, with the gradient of its ends."""
+        direction = self.p.direction
+        if step.shift0 is None:
+            return direction * step.dt
+        return direction * step.dt + direction * (step.shift1 - step.shift0)
+
+    def extended(self, step: Step):
         """The slopes of the step with those of the stages that dense output adds."""
-        dense, k = self.p.dense, list(step.k)
+        dense, k, signed_dt = self.p.dense, list(step.k), self.signed_dt(step)
         if len(k) == len(dense.weights):
             return k
         for c_i, a_i in zip(dense.extra_c, dense.extra_a):
@@ -325,10 +330,16 @@ class Run:
 
     def polynomial(self, step: Step):
         """y over the step: its value at the start, and the coefficients of x, x^2, ..."""
-        signed_dt = self.p.direction * step.dt
-        step.k = self.extended(step, signed_dt)  # nothing is recorded here: the outputs may use them too
-        coefficients = [weighted_sum(step.k, row) for row in (self.p.dense.matrix.T * signed_dt).tolist()]
-        return torch.stack([step.y0, *(c.to(step.y0.dtype) for c in coefficients)])
+        p = self.p
+        step.k = self.extended(step)  # kept, because outputs in the step use them too
+        coef = p.dense.matrix.T * self.signed_dt(step)
+        rows = coef.tolist() if step.shift0 is None else coef
+        coefficients = [weighted_sum(step.k, row).to(step.y0.dtype) for row in rows]
+        # The extra stages were not seen by the error test.
+        if p.dense.extra_c and self.is_seen_nonfinite(torch.stack(coefficients)):
+            self.k = step.k
+            raise StepFailure(Status.NONFINITE_FIELD)
+        return torch.stack([step.y0, *coefficients])
 
     def is_seen_nonfinite(self, y):
         """Whether ``y`` is not finite, where that can be seen: a fixed-step solve on a GPU never waits
@@ -337,17 +348,14 @@ class Run:
 
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
-        p, dense = self.p, self.p.dense
+        dense, dt = self.p.dense, step.dt
         times = torch.tensor(times, dtype=torch.float64)
-        dt = step.dt
-        x, signed_dt = (times - step.t0) / (step.t1 - step.t0), p.direction * dt
+        x = (times - step.t0) / (step.t1 - step.t0)
         if step.shift0 is not None:
             # The same quotient, with the gradients of the three times in it.
-            stretch = step.shift1 - step.shift0
-            x = x + (shifts - step.shift0 - x * stretch) / dt
-            signed_dt = signed_dt + p.direction * stretch
-        k = self.extended(step, signed_dt)
-        coef = weights_at(dense, x) * signed_dt
+            x = x + (shifts - step.shift0 - x * (step.shift1 - step.shift0)) / dt
+        k = self.extended(step)
+        coef = weights_at(dense, x) * self.signed_dt(step)
         rows = [combine(step.y0, k, row.tolist() if step.shift0 is None else row) for row in coef]
         # The extra stages were not seen by the error test.
         if not self.replaying and self.is_seen_nonfinite(torch.stack(rows)):
@@ -363,7 +371,12 @@ class Run:
             return
         self.trials = 0
         at_end = p.times[end - 1] == step.t1
-        if at_end and step.shift0 is not None and not p.steps_on_times and end < len(p.times):
+        if (
+            at_end
+            and step.shift0 is not None
+            and not p.steps_on_times
+            and (p.overshoot or end < len(p.times))
+        ):
             # The value is y1; its gradient in this output time needs the slope there.
             at_end = False
         inner = end - 1 if at_end else end
@@ -389,7 +402,7 @@ class Run:
         p, i = self.p, self.accepted + 1
         if p.adaptive:
             return self.adaptive_step()
-        if p.event_fn is None:
+        if i < len(self.grid):
             return self.fixed_step(self.grid[i], None if self.grid_shifts is None else self.grid_shifts[i])
         if i > MAX_NUM_STEPS:
             raise StepFailure(Status.MAX_STEPS)
@@ -425,53 +438,6 @@ class Run:
         self.k, self.y0, self.y1, self.rows = [], None, None, []
         return step.y1, f1, outputs
 
-    def solve_until_event(self) -> Outcome:
-        """Steps until an event changes sign, then bisects on the dense output.
-
-        An event that is zero at the start has fired: the solve ends there.
-        """
-        p = self.p
-        with torch.no_grad():
-            signs = torch.sign(self.event_values(self.t0, self.y0))
-
-            def event(t, y):
-                value = combine_events(self.event_values(t, y), signs)
-                if math.isnan(value):
-                    raise ArgumentError(f"event_fn returned NaN at t={p.direction * t!r}")
-                return value
-
-            fired = event(self.t0, self.y0) <= 0
-        if fired:
-            self.event_t = self.t0
-            self.rows.append(self.y0)
-            return self.outcome(Status.EVENT)
-        tol = p.atol if isinstance(p.atol, float) else p.atol.min().item()
-        self.start()
-        while True:
-            step = self.advance()
-            with torch.no_grad():
-                if event(step.t1, step.y1) > 0:
-                    continue
-                event_t = bisect_event(
-                    lambda t: event(t, self.interpolate(step, [t], self.shifts)[0]),
-                    step.t0,
-                    step.t1,
-                    tol,
-                )
-            self.event_t = event_t
-            self.rows += self.interpolate(step, [event_t], self.shifts)[:1]
-            return self.outcome(Status.EVENT)
-
     def event_values(self, t, y):
-        values = self.p.event_fn(stage_time(self.p, t), self.p.unflatten(y))
-        if not isinstance(values, torch.Tensor):
-            raise ArgumentTypeError(f"event_fn must return a Tensor, got {type(values).__name__}")
-        require_dense("what event_fn returned", values)
-        require_readable(values, "the search for events")
-        if values.numel() == 0 or values.is_complex():
-            raise ArgumentError(
-                f"event_fn must return a sign or several, got {values.dtype} of shape {tuple(values.shape)}"
-            )
-        if values.dtype == torch.bool:
-            values = 2.0 * values - 1  # a switch: False lies below zero
-        return values.to(torch.float64)
+        """What every event function returns at a forward time."""
+        return event_values(self.p.events, stage_time(self.p, t), self.p.unflatten(y))

@@ -80,6 +80,7 @@ FEHLBERG45 = Tableau(
 # Fourth order everywhere and C1, from the seven stages alone. The order conditions leave one free
 # number; it makes the fifth-order residual least, rounded to give short fractions.
 FEHLBERG45_DENSE = Dense(
+    order=4,
     weights=(
         row(1, "-5/2", "334/135", "-77/90"),
         row(0, 0, 0, 0),
@@ -174,6 +175,7 @@ TSIT5 = Tableau(
     ),
 )
 TSIT5_DENSE = Dense(
+    order=4,
     weights=(
         row(
             1,
@@ -268,6 +270,7 @@ DOPRI8_MID = row(
 # possible, since the order conditions on the fourteen stages leave a gap of rank three. Nodes and
 # free parameters make the eighth-order residual small; weights stay below 0.76 in magnitude.
 DOPRI8_DENSE = Dense(
+    order=7,
     weights=(
         row(
             1, "-12.026149061325462806575781386688", "65.627886056347247341732462528025",
