@@ -8,7 +8,16 @@ import pytest
 import torch
 from problems import EXPLICIT
 
-from flashode import ArgumentError, ArgumentTypeError, SolveError, Status, explain, odeint, odeint_adjoint, solve
+from flashode import (
+    ArgumentError,
+    ArgumentTypeError,
+    SolveError,
+    Status,
+    explain,
+    odeint,
+    odeint_adjoint,
+    solve,
+)
 
 ADAPTIVE = [name for name, method in EXPLICIT.items() if method.adaptive]
 BATCHED = {"batched": True}
@@ -47,7 +56,7 @@ def start(samples, dtype=torch.float64, device="cpu", width=2):
 def test_a_sample_takes_the_steps_of_a_solve_of_its_own(engine, device, method, direction):
     y0 = start(5, device=device) / 2
     t = direction * torch.linspace(0, 2.5, 7, dtype=torch.float64)
-    call = {"method": method, "rtol": 1e-4, "atol": 1e-5, "engine": engine}
+    call = {"method": method, "rtol": 1e-3, "atol": 1e-4, "engine": engine}
     batch = solve(oscillator, y0, t, options=BATCHED, **call)
     for b in range(5):
         alone = solve(oscillator, y0[b], t, **call)
@@ -77,7 +86,7 @@ def test_step_size_control_is_that_of_a_solve_of_its_own(engine, options):
 def test_engines_agree(native, method):
     y0, t = start(33), torch.linspace(0, 3, 11, dtype=torch.float64)
     ours, theirs = (
-        solve(oscillator, y0, t, rtol=1e-5, atol=1e-6, method=method, options=BATCHED, engine=engine)
+        solve(oscillator, y0, t, rtol=1e-4, atol=1e-4, method=method, options=BATCHED, engine=engine)
         for engine in ("native", "reference")
     )
     torch.testing.assert_close(ours.ys, theirs.ys, rtol=0, atol=1e-11)
@@ -99,7 +108,14 @@ def test_batch_mates_change_no_bit(engine, device, width, method, dtype):
     y0[1] *= 20  # hard
     y0[2, 0] = math.nan
     t = torch.linspace(0, 1, 6, dtype=dtype)
-    call = {"rtol": 1e-4, "atol": 1e-5, "method": method, "options": BATCHED, "engine": engine, "throw": False}
+    call = {
+        "rtol": 1e-4,
+        "atol": 1e-5,
+        "method": method,
+        "options": BATCHED,
+        "engine": engine,
+        "throw": False,
+    }
     batch = solve(cubic, y0, t, **call)
     assert batch.status[2] == Status.NONFINITE_STATE and batch.succeeded.sum() == many - 1
     assert batch.stats.accepted[1] > batch.stats.accepted[0]
@@ -267,7 +283,7 @@ def test_func_cannot_disturb_the_solve(engine):
 
 def test_every_sample_has_its_own_tolerance(engine):
     y0, t = start(1).expand(3, 2), times(0.0, 4.0)
-    each = times(1e-3, 1e-6, 1e-9)
+    each = times(1e-3, 1e-5, 1e-7)
     for tolerance in (each, each[:, None], each[:, None].expand(3, 2)):
         batch = solve(oscillator, y0, t, rtol=tolerance, atol=tolerance, options=BATCHED, engine=engine)
         for b in range(3):
@@ -332,7 +348,7 @@ FAULTS = [Status.SUCCESS, Status.STEP_UNDERFLOW, Status.NONFINITE_FIELD, Status.
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "fehlberg45"])
 def test_samples_that_fail_are_flagged_and_the_others_finish(engine, method):
     t = torch.linspace(0, 3.03, 13, dtype=torch.float64)
-    options = BATCHED | {"max_num_steps": 2000}
+    options = BATCHED | {"max_num_steps": 600}
     batch = solve(faulty_batch, faulty_start(), t, method=method, options=options, engine=engine, throw=False)
     status = [Status(s) for s in batch.status.tolist()]
     # A solution that runs into a pole may overflow before the step underflows.
@@ -348,8 +364,10 @@ def test_samples_that_fail_are_flagged_and_the_others_finish(engine, method):
 
 def test_a_failed_sample_raises_what_failed_and_where(engine):
     t = times(0.0, 3.0)
-    with pytest.raises(SolveError, match=r"5 of 6 samples failed: sample 1: .* sample 5: non-finite.*throw=False") as e:
-        odeint(faulty_batch, faulty_start(), t, options=BATCHED | {"max_num_steps": 2000}, engine=engine)
+    with pytest.raises(
+        SolveError, match=r"5 of 6 samples failed: sample 1: .* sample 5: non-finite.*throw=False"
+    ) as e:
+        odeint(faulty_batch, faulty_start(), t, options=BATCHED | {"max_num_steps": 600}, engine=engine)
     assert e.value.index == (1,) and 0.9 < e.value.t < 1.1 and e.value.accepted > 0
     assert pickle.loads(pickle.dumps(e.value)).reason == e.value.reason
     many = torch.full((20, 1), math.nan)
@@ -398,6 +416,7 @@ def test_gradients_are_those_of_solves_of_their_own():
 
 def test_mates_that_fail_or_meet_nan_leave_gradients_alone():
     """A trial beyond the domain that is refused, a NaN from the start, a field that is NaN there."""
+
     def func(t, y, w):
         return -w * torch.sqrt(y)  # its domain ends at zero
 
@@ -458,7 +477,12 @@ def test_what_records_gradients_goes_to_the_reference_engine_without_another_cal
 )  # fmt: skip
 def test_what_cannot_be_served_is_refused(call, text):
     with pytest.raises(ArgumentError, match=text):
-        odeint(**({"func": decay, "y0": torch.ones(2, 1), "t": torch.tensor([0.0, 1.0]), "options": BATCHED} | call))
+        odeint(
+            **(
+                {"func": decay, "y0": torch.ones(2, 1), "t": torch.tensor([0.0, 1.0]), "options": BATCHED}
+                | call
+            )
+        )
 
 
 def test_flags_callbacks_and_the_adjoint_are_answered():

@@ -232,7 +232,9 @@ def odeint_adjoint(
             f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
         )
     if batched.asked_for(options):
-        raise ArgumentError("odeint_adjoint has no options['batched']; use odeint, which has gradients per sample")
+        raise ArgumentError(
+            "odeint_adjoint has no options['batched']; use odeint, which has gradients per sample"
+        )
     require_progress(progress)
     params = collect_params(func, adjoint_params, args)
     problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)

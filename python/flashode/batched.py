@@ -34,7 +34,9 @@ def asked_for(options) -> bool:
         return False
     batched = choices.flag(options, "batched")
     if choices.flag(options, "compact") and not batched:
-        raise ArgumentError("options['compact'] drops finished samples of a batch; it needs options['batched']")
+        raise ArgumentError(
+            "options['compact'] drops finished samples of a batch; it needs options['batched']"
+        )
     return batched
 
 
@@ -42,7 +44,9 @@ def require_one_clock(progress, dense):
     """Refuses what only a solve with one clock for the whole state has."""
     for name, asked in (("progress", progress), ("dense", dense)):
         if asked:
-            raise ArgumentError(f"{name}=True cannot be used with options['batched']: samples have clocks of their own")
+            raise ArgumentError(
+                f"{name}=True cannot be used with options['batched']: samples have clocks of their own"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,9 @@ class BatchProblem(Problem):
             raise ArgumentTypeError(f"func must be callable as func(t, y), got {kind_of(func)}")
         arguments.require_tuple(args)
         if event_fn is not None:
-            raise ArgumentError("options['batched'] has no events: solve without event_fn, or without 'batched'")
+            raise ArgumentError(
+                "options['batched'] has no events: solve without event_fn, or without 'batched'"
+            )
         y0, shapes, dtypes = arguments.flat_state(y0)
         members = [y0.shape] if shapes is None else list(shapes)
         samples = _batch_size(members)
@@ -355,7 +361,9 @@ def finish(problem: BatchProblem, outcome: BatchOutcome, engine: str, throw: boo
         raise _failure(problem, outcome, failed.nonzero().reshape(-1).tolist())
     ys = problem.unflatten(outcome.ys, batch=1)
     if failed.any():
-        missing = torch.arange(len(outcome.ys))[:, None] >= torch.where(failed, outcome.filled, len(outcome.ys))
+        missing = torch.arange(len(outcome.ys))[:, None] >= torch.where(
+            failed, outcome.filled, len(outcome.ys)
+        )
         missing = missing.to(problem.y0.device)
         nan = [_without(y, missing) for y in (ys if isinstance(ys, tuple) else (ys,))]
         ys = tuple(nan) if isinstance(ys, tuple) else nan[0]

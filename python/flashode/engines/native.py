@@ -50,7 +50,9 @@ def solve(problem: Problem, recording=None) -> Outcome:
 
 def replay(problem: Problem, shifts):
     """Takes accepted steps of a solve again: `engines.reference.Run.replay`, of the C++ loop."""
-    return extension.C.replay(problem, table_of(problem.method.tableau), interpolant_of(problem.dense), shifts)
+    return extension.C.replay(
+        problem, table_of(problem.method.tableau), interpolant_of(problem.dense), shifts
+    )
 
 
 def sweep(augmented: Augmented) -> Gradients:

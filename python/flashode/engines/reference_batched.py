@@ -80,7 +80,9 @@ class Run:
         # The trial step runs from t0 to t1 and has this size; dt is what is to be tried next.
         self.t1, self.size, self.dt, self.error_ratio = (torch.full_like(self.t0, math.nan) for _ in range(4))
         self.filled = (p.times == p.times[:, :1]).sum(1)
-        self.accepted, self.rejected, self.trials = (torch.zeros(samples, dtype=torch.int64) for _ in range(3))
+        self.accepted, self.rejected, self.trials = (
+            torch.zeros(samples, dtype=torch.int64) for _ in range(3)
+        )
         self.status = torch.full((samples,), RUNNING)
         self.status[self.filled == p.times.shape[1]] = Status.SUCCESS
         self.status[~p.usable] = Status.NONFINITE_STATE
@@ -200,8 +202,8 @@ class Run:
         self.status[spent] = Status.MAX_STEPS
         running = running & ~spent
         self.trials += running
-        dt = torch.tensor([clamp_step(h, p.control) for h in self.dt.tolist()], dtype=torch.float64)
-        t1, last = self.t0 + dt, self.times[:, -1]
+        dt, last = self.dt, self.times[:, -1]
+        t1 = self.t0 + dt
         lands = t1 >= last
         t1 = torch.where(lands, last, t1)
         stuck = running & (~(t1 > self.t0) | (dt < sys.float_info.min))
@@ -243,17 +245,20 @@ class Run:
         """Whether each trial stands, and how long the next one is; fails samples that cannot go on."""
         control, running = self.p.control, self.running
         length, dtype = self.direction * self.size, wide(y1).dtype.to_real()
-        error = weighted_sum(k, [self.spread(e * length).to(dtype) if e else 0.0 for e in self.b_err]).detach()
+        error = weighted_sum(
+            k, [self.spread(e * length).to(dtype) if e else 0.0 for e in self.b_err]
+        ).detach()
         ratio = scaled_error(error, self.y0.detach(), y1.detach(), self.rtol, self.atol)
-        ratios, sizes = self.error_norms(ratio).tolist(), self.size.tolist()
-        accepted = torch.zeros_like(running)
-        for b in running.nonzero().reshape(-1).tolist():
-            self.error_ratio[b] = ratios[b]
-            self.dt[b] = next_step(ratios[b], sizes[b], control, self.past[b])
-            if accept(ratios[b], sizes[b], control):
-                accepted[b] = True
-                if control.betas != ELEMENTARY:
-                    self.past[b] = remember(ratios[b], control, self.past[b])
+        ratios, dt, accepted = self.error_norms(ratio), self.dt.tolist(), [False] * len(running)
+        for b, (runs, norm, size) in enumerate(zip(running.tolist(), ratios.tolist(), self.size.tolist())):
+            if not runs:
+                continue
+            dt[b] = next_step(norm, size, control, self.past[b])
+            accepted[b] = accept(norm, size, control)
+            if accepted[b] and control.betas != ELEMENTARY:
+                self.past[b] = remember(norm, control, self.past[b])
+        self.error_ratio = torch.where(running, ratios, self.error_ratio)
+        self.dt, accepted = torch.tensor(dt, dtype=torch.float64), torch.tensor(accepted, dtype=torch.bool)
         self.rejected += running & ~accepted
         refused = running & ~torch.isfinite(self.error_ratio)
         self.cause[running] = Status.STEP_UNDERFLOW
@@ -373,6 +378,9 @@ class Run:
         if self.running.any() or (self.shifts is not None and (self.filled > 1).any()):
             self.start(f0)
         self.repeat_start()
+        self.dt = torch.tensor(
+            [clamp_step(dt, self.p.control) for dt in self.dt.tolist()], dtype=torch.float64
+        )
         self.begin_trials()
         while self.running.any():
             self.compact()
