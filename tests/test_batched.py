@@ -414,6 +414,19 @@ def test_gradients_are_those_of_solves_of_their_own():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_repeated_times_have_the_gradient_of_their_own():
+    """y' = y: the derivative of every output in its time is the output itself, and minus that in the first."""
+    t = torch.stack([times(0.0, 0.0, 0.5, 1.0, 1.0), times(2.0, 2.0, 2.0, 2.0, 2.0)]).requires_grad_()
+    ys = odeint(lambda t, y: y, torch.ones(2, 1, dtype=torch.float64), t, rtol=1e-9, atol=1e-9, options=BATCHED)
+    for row in range(5):
+        for b in range(2):
+            (grad,) = torch.autograd.grad(ys[row, b, 0], t, retain_graph=True)
+            expected = torch.zeros(2, 5, dtype=torch.float64)
+            expected[b, row] += ys[row, b, 0].detach()
+            expected[b, 0] -= ys[row, b, 0].detach()
+            torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_mates_that_fail_or_meet_nan_leave_gradients_alone():
     """A trial beyond the domain that is refused, a NaN from the start, a field that is NaN there."""
 

@@ -2,6 +2,7 @@
 
 from .api import explain, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .dense import DenseOutput
+from .batched import BatchSolution
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
 from .events import Event
 from .extension import build_config
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "BatchSolution",
     "DenseOutput",
     "Event",
     "GradientReport",

@@ -39,7 +39,8 @@ def odeint(
         rtol, atol: relative and absolute tolerance per element: number, Tensor that broadcasts to
             the state, or one per member of a tuple state. Fixed-step methods ignore them.
         method: name of a method (README, table of methods); default ``"dopri5"``.
-        options: dict for the method (README, table of options).
+        options: dict for the method (README, table of options). ``{"batched": True}`` solves every index
+            of the leading dimension on its own (docs/batches.md); ``t`` may then have shape (B, T).
         event_fn: callable ``event_fn(t, y)`` returning a Tensor, an `Event`, or a tuple of several of
             either; the solve ends where the first element of any changes sign, to within ``atol`` in
             ``t``. ``t`` then holds the initial time and one later time that only gives the direction.
@@ -83,7 +84,8 @@ def solve(
             it; ``event_fn``, callbacks and ``options["norm"]`` are given it; ``ys`` has it; ``rtol``
             and ``atol`` may have it. A `SolveError` counts its Tensors in their order.
         throw: False returns a failed solve in place of raising its `SolveError`: ``status`` names
-            the reason and the rows that were not reached are NaN.
+            the reason and the rows that were not reached are NaN. With ``options={"batched": True}`` the
+            result is a `BatchSolution` either way, with a status for every sample.
         dense: whether to keep every step, for ``Solution.sol``: the solution as a function of time,
             a `DenseOutput`. Methods whose interpolant takes more evaluations (`dopri8`: 3,
             ``interp="cubic"``: 1) then make them in every step.
