@@ -95,6 +95,24 @@ def test_engines_agree(native, method):
     assert ours.stats.nfe == theirs.stats.nfe
 
 
+@by_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_engines_show_func_the_same_times(native, method, dtype):
+    """To the last bit: a stage at the end of a step sees the time just before it."""
+    t = torch.stack([times(0.0, 0.7, 2.0), times(1.0, 0.3, 0.1), times(0.0, 0.1, 0.1)])
+    seen = {}
+    for engine in ("native", "reference"):
+        at = seen[engine] = []
+
+        def func(t, y):
+            at.append(t[:, 0].tolist())
+            return torch.zeros_like(y)  # no error: steps grow alike on both
+
+        odeint(func, start(3, dtype), t, method=method, options=BATCHED | {"first_step": 0.1}, engine=engine)
+    assert seen["native"] == seen["reference"]
+    assert any(math.nextafter(0.1, 0) == x[0] for x in seen["native"]) or dtype == torch.float32
+
+
 def cubic(t, y):
     """Stiffer the larger the numbers are; 2.0 * t keeps time in it."""
     return -y * y * y + 0.5 * t
@@ -124,6 +142,16 @@ def test_batch_mates_change_no_bit(engine, device, width, method, dtype):
         assert torch.equal(few.ys.nan_to_num(), batch.ys[:, rows].nan_to_num())
         assert torch.equal(few.stats.accepted, batch.stats.accepted[rows])
         assert torch.equal(few.stats.rejected, batch.stats.rejected[rows])
+
+
+def test_the_size_of_batch_mates_does_not_floor_a_tolerance(engine):
+    y0 = torch.tensor([[1e-3], [100.0]], dtype=torch.bfloat16)
+    call = {"rtol": 1e-3, "atol": 1e-6, "options": BATCHED, "engine": engine}
+    with pytest.warns(UserWarning, match="of the sample's largest number"):
+        batch = odeint(lambda t, y: -0.5 * y, y0, times(0.0, 0.5, 2.0), **call)
+        alone = odeint(lambda t, y: -0.5 * y, y0[:1], times(0.0, 0.5, 2.0), **call)
+    assert torch.equal(batch[:, :1], alone)
+    torch.testing.assert_close(batch[-1].float(), y0.float() / math.e, rtol=0.02, atol=0)
 
 
 def test_the_native_engine_gives_one_sample_the_bits_of_a_plain_solve(native):
@@ -362,6 +390,34 @@ def test_samples_that_fail_are_flagged_and_the_others_finish(engine, method):
     assert "1 of 6 samples solved" in repr(batch)
 
 
+def test_samples_that_failed_rest_where_they_were(engine):
+    seen = []
+
+    def func(t, y):
+        seen.append((t[:, 0].tolist(), y[:, 0].tolist()))
+        return torch.stack([-y[0], y[1] * math.nan])
+
+    solve(
+        func,
+        torch.ones(2, 1, dtype=torch.float64),
+        times(0.0, 2.0),
+        options=BATCHED,
+        engine=engine,
+        throw=False,
+    )
+    assert len(seen) > 10 and all(y[1] == 1 for _, y in seen)
+
+
+def test_the_limit_of_steps_is_that_between_two_outputs(engine):
+    options = BATCHED | {"max_step": 0.1, "max_num_steps": 15}
+    ends = [times(0.0, 2.0), torch.linspace(0, 2, 5, dtype=torch.float64)]
+    few, many = (
+        solve(decay, start(2), t, options=options, engine=engine, throw=False, rtol=1e-3) for t in ends
+    )
+    assert (few.status == Status.MAX_STEPS).all() and few.stats.accepted.tolist() == [15, 15]
+    assert many.succeeded.all()
+
+
 def test_a_failed_sample_raises_what_failed_and_where(engine):
     t = times(0.0, 3.0)
     with pytest.raises(
@@ -417,7 +473,9 @@ def test_gradients_are_those_of_solves_of_their_own():
 def test_repeated_times_have_the_gradient_of_their_own():
     """y' = y: the derivative of every output in its time is the output itself, and minus that in the first."""
     t = torch.stack([times(0.0, 0.0, 0.5, 1.0, 1.0), times(2.0, 2.0, 2.0, 2.0, 2.0)]).requires_grad_()
-    ys = odeint(lambda t, y: y, torch.ones(2, 1, dtype=torch.float64), t, rtol=1e-9, atol=1e-9, options=BATCHED)
+    ys = odeint(
+        lambda t, y: y, torch.ones(2, 1, dtype=torch.float64), t, rtol=1e-9, atol=1e-9, options=BATCHED
+    )
     for row in range(5):
         for b in range(2):
             (grad,) = torch.autograd.grad(ys[row, b, 0], t, retain_graph=True)
