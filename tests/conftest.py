@@ -9,6 +9,9 @@ from flashode import extension
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the states live on: cpu or cuda")
+    parser.addoption(
+        "--torchdiffeq-tests", metavar="DIR", help="torchdiffeq's own tests, to be run unchanged"
+    )
 
 
 def pytest_configure(config):

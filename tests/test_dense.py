@@ -12,6 +12,10 @@ import torch
 from problems import EXPLICIT, Counted, Net, Spiral, growth, growth_solution, twisted, twisted_solution
 
 import flashode
+from flashode.augmented import Path
+from flashode.dense import dense_output
+from flashode.problem import Problem
+from flashode.solution import Outcome
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:rtol is 1000"),
@@ -400,6 +404,39 @@ def test_it_ends_at_the_event(backward):
     assert fired.sol.t0 == fired.sol.t1 == 0 and fired.sol(0.0) == 0
 
 
+def test_gradients_at_the_event():
+    """At the event's own time, which moves with the solution, sol has the gradients of ys."""
+    w = torch.tensor(1.3, dtype=F64, requires_grad=True)
+    y0 = torch.tensor([0.2, 0.1], dtype=F64, requires_grad=True)
+    solution = flashode.solve(
+        lambda t, y: w * torch.stack([torch.cos(t) + y[1], -y[0]]), y0, torch.tensor([0.0, 1.0], dtype=F64),
+        event_fn=lambda t, y: y[0] - 0.7, dense=True,
+    )  # fmt: skip
+    ours, theirs = (
+        torch.autograd.grad(y[1], (w, y0), retain_graph=True)
+        for y in (solution.sol(solution.event_t), solution.ys[1])
+    )
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_solves_that_meet_no_event(method):
+    """They are covered up to ``until``, or up to the step at which they failed."""
+    y0, t, options = torch.ones(1, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64), steps_of(method)
+    never = flashode.Event(lambda t, y: y + 1, until=3.0)
+    ended = flashode.solve(growth, y0, t, event_fn=never, method=method, options=options, dense=True)
+    assert ended.sol.t1 == 3 and torch.equal(ended.sol(3.0), ended.ys[-1])
+    failed = flashode.solve(
+        lambda t, y: torch.where(t < 1.5, growth(t, y), math.nan), y0, t, event_fn=never, method=method,
+        options=options, dense=True, throw=False,
+    )  # fmt: skip
+    assert (
+        not failed.status.ok and failed.sol.t1 == failed.stats.accepted_times[-1] and 1 < failed.sol.t1 < 1.6
+    )
+    assert failed.sol(failed.sol.t1).isfinite()
+
+
 def test_a_failed_solve_is_covered_as_far_as_it_came(engine):
     blows_up = flashode.solve(
         lambda t, y: y * y, torch.ones(1, dtype=F64), torch.tensor([0.0, 0.5, 2.0], dtype=F64),
@@ -455,6 +492,33 @@ def test_forward_mode():
     torch.testing.assert_close(by_t, growth(t, value(y0, t)), rtol=1e-4, atol=1e-5)
     _, by_y = torch.func.jvp(lambda y0: value(y0, t), (y0,), (torch.ones_like(y0),))
     torch.testing.assert_close(by_y, value(y0, t), rtol=1e-5, atol=1e-6)
+
+
+def test_torch_func():
+    sol = flashode.odeint_dense(growth, torch.ones(2, dtype=F64), 0.0, 1.0)
+    t = torch.tensor(0.6, dtype=F64)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(sol)(t), sol.derivative(t))
+    with pytest.raises(flashode.ArgumentError, match="vmap hides the times; call sol with the Tensor of all"):
+        torch.func.vmap(sol)(t.expand(3))
+
+
+@BACKWARD
+def test_whatever_records_its_steps_is_served(backward):
+    """Engines hand over one polynomial a step; here, y = t^2 from t = 1 on, in two of them."""
+    direction = -1.0 if backward else 1.0
+    t = direction * torch.tensor([1.0, 2.0, 4.0], dtype=F64)
+    problem = Problem.from_call(lambda t, y: 2 * t, t[0] ** 2, t, 1e-3, 1e-3, None, None, None)
+    path = Path()
+    for t0, t1 in ((1.0, 2.5), (2.5, 4.0)):
+        h = t1 - t0
+        path.add(t0, t1, torch.tensor([t0 * t0, 2 * t0 * h, h * h, 0.0], dtype=F64))
+    sol = dense_output(problem, path, Outcome(flashode.Status.SUCCESS, t * t))
+    at = direction * (1 + 3 * torch.rand(5, dtype=F64))
+    torch.testing.assert_close(sol(at), at * at)
+    torch.testing.assert_close(sol.derivative(at), 2 * at)
+    torch.testing.assert_close(sol.derivative(t[-1]), 2 * t[-1])
+    assert repr(sol) == f"DenseOutput(t = {t[0]:g} … {t[-1]:g}, state (); 2 polynomials of degree 3)"
 
 
 def test_one_step_after_another_without_reference_cycles(engine):

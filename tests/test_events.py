@@ -537,6 +537,24 @@ def test_an_event_at_the_start_moves_with_what_makes_it_one(name):
     assert [g.item() for g in grads] == [1.0, 100 - 0.25, 10 + 0.25]
 
 
+def test_structures_and_dense_output():
+    """A dict as the state, and the solution as a function of time up to the event."""
+    height = f64(2)[0].requires_grad_()
+
+    def field(t, y):
+        return {"x": y["v"], "v": torch.full_like(y["v"], -G)}
+
+    y0 = {"x": height, "v": f64(5)[0]}
+    solution = solve(field, y0, FORWARD, event_fn=[Event(lambda t, y: y["x"], direction=-1)], dense=True)
+    torch.testing.assert_close(solution.event_t, landing(height, 5.0)[0], rtol=1e-8, atol=0)
+    ours, theirs = (torch.autograd.grad(x, height)[0] for x in (solution.event_t, landing(height, 5.0)[0]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=0)
+    t = solution.event_t.detach()
+    torch.testing.assert_close(solution.sol(t)["v"], solution.ys["v"][-1], rtol=1e-12, atol=0)
+    with pytest.raises(ArgumentError, match="outside the solved interval"):
+        solution.sol(t + 0.1)
+
+
 def test_without_event_the_time_is_a_constant():
     throw = Throw()
     event_t, ys = odeint_event(
@@ -572,22 +590,41 @@ def test_until_in_the_adjoint_modes(adjoint, method):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_an_event_at_the_very_end_of_a_step():
+    """The step moves with the start; the event does not."""
+    grads = []
+    for solver, more in ((flashode.odeint, {}), (flashode.odeint_adjoint, {"adjoint": "checkpoint"})):
+        throw, t = Throw(), f64(0, 1, requires_grad=True)
+        event_t, ys = solver(
+            throw.field, throw.y0, t, event_fn=lambda t, y: t - 0.5, method="rk4",
+            options={"step_size": 0.125, "interp": "cubic"}, **more,
+        )  # fmt: skip
+        assert event_t == 0.5
+        grads.append(torch.autograd.grad(ys[-1].sum(), (t, throw.y0)))
+    plain = flashode.odeint(throw.field, throw.y0, torch.stack([t[0], event_t]))
+    grads.append(torch.autograd.grad(plain[-1].sum(), (t, throw.y0)))
+    for other, tolerance in zip(grads[1:], (1e-12, 1e-3)):
+        for ours, theirs in zip(grads[0], other):
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
+
+
 def test_complex_states():
-    """y' = i w y turns: Re y = 0 after a quarter, at pi / (2 w)."""
-    w = f64(1.3)[0].requires_grad_()
+    """y' = i w y turns: y c is imaginary at (pi / 2 - arg(y0 c)) / w."""
+    w, c = f64(1.3)[0].requires_grad_(), 0.6 + 0.8j
     y0 = torch.ones((), dtype=torch.complex128, requires_grad=True)
     event_t, ys = odeint_event(
-        lambda t, y: 1j * w * y, y0, 0.0, event_fn=lambda t, y: y.real, rtol=1e-10, atol=1e-12
+        lambda t, y: 1j * w * y, y0, 0.0, event_fn=lambda t, y: (y * c).real, rtol=1e-10, atol=1e-12
     )
     assert event_t.dtype == F64
-    torch.testing.assert_close(event_t, math.pi / 2 / w, rtol=1e-9, atol=0)
+    expected = (math.pi / 2 - math.atan2(0.8, 0.6)) / w.detach()
+    torch.testing.assert_close(event_t.detach(), expected, rtol=1e-9, atol=0)
     by_w, by_y = torch.autograd.grad(event_t, (w, y0), retain_graph=True)
-    torch.testing.assert_close(by_w, -math.pi / 2 / w.detach() ** 2, rtol=1e-8, atol=0)
+    torch.testing.assert_close(by_w, -expected / w.detach(), rtol=1e-8, atol=0)
     torch.testing.assert_close(by_y, -1j / w.detach().to(y0), rtol=1e-8, atol=1e-8)
-    # The state at the event is i |y0|, however fast it turns.
-    by_w, by_y = torch.autograd.grad(ys[-1].imag, (w, y0))
+    # The state at the event is i |y0| / c, however fast it turns.
+    by_w, by_y = torch.autograd.grad(ys[-1].real, (w, y0))
     torch.testing.assert_close(by_w, torch.zeros_like(w), rtol=0, atol=1e-8)
-    torch.testing.assert_close(by_y, torch.ones_like(y0), rtol=0, atol=1e-8)
+    torch.testing.assert_close(by_y.detach(), torch.full_like(y0, 0.8).detach(), rtol=0, atol=1e-8)
 
 
 def test_the_backward_pass_calls_the_field_once():

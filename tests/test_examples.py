@@ -121,3 +121,18 @@ def test_shipped_data_is_what_its_script_writes():
     script = EXAMPLES / "data" / "make_spiral.py"
     written = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
     assert written.stdout == SHIPPED.read_text()
+
+
+def test_bouncing_ball_finds_what_moves_the_ball(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "bouncing_ball.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    *_, learned = done.stdout.splitlines()
+    _, *numbers = (float(x) for x in re.findall(r"[0-9.]+", learned))
+    for number, expected in zip(numbers, (9.81, 0.1, 0.8, 0.001)):
+        assert abs(number - expected) < 0.02

@@ -1,8 +1,10 @@
 """Solves under forward-mode differentiation and torch.func: right derivatives, or an error that says why."""
 
+import functools
+
 import pytest
 import torch
-from problems import EXPLICIT, growth
+from problems import EXPLICIT, Net, growth
 from torch.autograd import forward_ad
 
 import flashode
@@ -202,8 +204,68 @@ BATCHES = {
 
 @pytest.mark.parametrize("run", BATCHES.values(), ids=BATCHES)
 def test_a_batch_that_must_be_read_is_refused(run):
-    with pytest.raises(flashode.ArgumentError, match="vmap gives .* a batch.*leading batch dimension"):
+    with pytest.raises(
+        flashode.ArgumentError,
+        match="vmap gives .* a batch.*leading batch dimension, and options={'batched': True}",
+    ):
         torch.func.vmap(run)(torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+
+# ---- parameters as arguments -----------------------------------------------------------------
+
+
+NET = Net(dtype=torch.float64)
+
+
+def loss(params, y0, method="rk4"):
+    """Of the end of a solve with the weights of a network in ``params``."""
+    field = lambda t, y: torch.func.functional_call(NET, params, (t, y))  # noqa: E731
+    return flashode.odeint(field, y0, T, method=method, **TIGHT)[-1].square().sum()
+
+
+def weights():
+    return {name: p.detach() for name, p in NET.named_parameters()}
+
+
+BATCH = torch.tensor([[1.0, -2.0], [0.3, 0.1], [-1.0, 0.7]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_gradients_to_parameters_are_those_of_autograd(method):
+    params = weights()
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    by_autograd = torch.autograd.grad(loss(leaves, BATCH, method), list(leaves.values()))
+    torch.testing.assert_close(list(torch.func.grad(loss)(params, BATCH, method).values()), list(by_autograd))
+
+
+def test_every_sample_has_a_gradient_of_its_own():
+    params = weights()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, BATCH)
+    alone = [torch.func.grad(loss)(params, y0) for y0 in BATCH]
+    for name in params:
+        torch.testing.assert_close(each[name], torch.stack([grads[name] for grads in alone]))
+
+
+def test_an_ensemble_of_networks_is_solved_at_once():
+    params = weights()
+    many = {name: torch.stack([p, -p, 2 * p]) for name, p in params.items()}
+    found = torch.func.vmap(loss, (0, None))(many, BATCH)
+    alone = [loss({name: p[i] for name, p in many.items()}, BATCH) for i in range(3)]
+    torch.testing.assert_close(found, torch.stack(alone))
+
+
+def test_transforms_nest():
+    """Batches of Hessians, a batch of batches, and a Hessian-vector product."""
+    params, vmap = weights(), torch.func.vmap
+    one = functools.partial(loss, params)
+    hessians = torch.stack([torch.autograd.functional.hessian(one, y0) for y0 in BATCH])
+    torch.testing.assert_close(vmap(torch.func.hessian(one))(BATCH), hessians)
+    values = torch.stack([one(y0) for y0 in BATCH])
+    torch.testing.assert_close(vmap(vmap(one))(BATCH.expand(2, 3, 2)), values.expand(2, 3))
+    for method in ("rk4", "dopri5"):
+        grad = torch.func.grad(lambda y0, m=method: loss(params, y0, m))
+        exact = torch.autograd.functional.hessian(lambda y0, m=method: loss(params, y0, m), BATCH[0])
+        torch.testing.assert_close(torch.func.jvp(grad, (BATCH[0],), (BATCH[1],))[1], exact @ BATCH[1])
 
 
 # ---- the adjoint -----------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Gradients: finite differences, the engines and the two modes against each other, torchdiffeq."""
 
+import math
+
 import pytest
 import torch
 from problems import EXPLICIT, Counted, Net, growth, twisted, twisted_start
@@ -388,6 +390,14 @@ def test_events_through_the_adjoint(engine):
     (g,) = torch.autograd.grad(ys[-1].sum(), y0)
     plain = flashode.odeint(net, y0, torch.tensor([0.0, 0.7], dtype=F64), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(g, torch.autograd.grad(plain[-1].sum(), y0)[0], rtol=1e-6, atol=1e-8)
+
+
+def test_an_overshooting_solve_that_stops_at_the_end_has_its_gradient_in_time(engine):
+    t = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+    options = {"overshoot": True, "step_t": [1.0]}
+    ys = flashode.odeint(lambda t, y: -y, torch.ones((), dtype=F64), t, options=options, engine=engine)
+    (grad,) = torch.autograd.grad(ys[-1], t)
+    torch.testing.assert_close(grad, torch.tensor([1.0, -1.0], dtype=F64) / math.e, rtol=1e-6, atol=0)
 
 
 def test_training_reduces_a_loss(engine):

@@ -277,6 +277,27 @@ def test_norm_events_and_callbacks_are_given_the_structure(engine):
     torch.testing.assert_close(solution.sol(solution.sol.t1).spin, torch.ones((), dtype=F64))
 
 
+def test_events_with_a_direction_and_several():
+    y0 = {"angle": torch.zeros((), dtype=F64), "speed": torch.ones((), dtype=F64)}
+    w = torch.tensor(2.0, dtype=F64, requires_grad=True)
+
+    def swing(t, y):
+        return {"angle": w * y["speed"], "speed": -w * y["angle"]}  # angle = sin wt, speed = cos wt
+
+    down = flashode.Event(lambda t, y: y["angle"] - 0.5, direction=-1)
+    solution = flashode.solve(swing, y0, T[:2], event_fn=[lambda t, y: y["speed"] + 0.9, down], dense=True)
+    at = 5 * torch.pi / 6  # the angle is back at 0.5, and the speed at -0.87
+    torch.testing.assert_close(w * solution.event_t, torch.tensor(at, dtype=F64), rtol=1e-6, atol=1e-6)
+    assert solution.event_index == 1 and abs(solution.ys["angle"][1] - 0.5) < 1e-6
+    (by_w,) = torch.autograd.grad(solution.event_t, w)
+    torch.testing.assert_close(by_w, -solution.event_t.detach() / w.detach(), rtol=1e-5, atol=1e-6)
+    never = flashode.Event(lambda t, y: y["angle"] - 2, until=4.0)
+    ended = flashode.solve(swing, y0, T[:2], event_fn=never, dense=True)
+    assert ended.status is flashode.Status.NO_EVENT and torch.equal(
+        ended.sol(4.0)["speed"], ended.ys["speed"][1]
+    )
+
+
 def test_failures(engine):
     y0 = {"a": A, "b": torch.ones(2, dtype=F64)}
 

@@ -6,6 +6,7 @@
 #include "../kernels/launch.h"
 #include "batched.h"
 #include "driver.h"
+#include "shown.h"
 #include "sweep.h"
 
 namespace py = pybind11;
@@ -44,6 +45,7 @@ py::dict build_config() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of flashode";
+  flashode::counts_of_unshared();
   m.attr("torch_version") = FLASHODE_TORCH_VERSION;
 #ifdef FLASHODE_WITH_CUDA
   m.attr("with_cuda") = true;

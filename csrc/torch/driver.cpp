@@ -263,7 +263,8 @@ Decision Run::error_norm(const at::Tensor& y0, const at::Tensor& y1, const Terms
     return decide(p_.attr("norm_value")(wrap(scaled)).cast<double>(), dt, control_);
   }
   std::optional<py::gil_scoped_release> release;
-  if (y0.numel() >= kReleaseGil) release.emplace();
+  // The one wait for a GPU: others may be needed to end it, as where they share a stream.
+  if (y0.numel() >= kReleaseGil || !y0.is_cpu()) release.emplace();
   return norm_.decide(y0, y1, k, coef, tol_, dt, control_);
 }
 
@@ -437,7 +438,8 @@ void Run::extend(const Step& step) {
 
 // y0 + dt * basis weights^T k with the graph of all of them: one row for each of the basis, which
 // holds factors of the weights' coefficients of x, x^2, ...
-at::Tensor Run::recorded_rows(const Step& step, const at::Tensor& y0, const at::Tensor& basis) const {
+at::Tensor Run::recorded_rows(const Step& step, const at::Tensor& y0,
+                              const at::Tensor& basis) const {
   at::Tensor signed_dt = at::tensor(direction_ * step.dt, at::kDouble);
   if (stretch_.defined()) signed_dt = signed_dt.add(stretch_.mul(direction_));
   const int64_t stages = int64_t(dense_.stage.size());
@@ -520,7 +522,8 @@ void Run::emit(const Step& step) {
   if (end == begin) return;
   trials_ = 0;
   bool at_end = times_[end - 1] == step.t1;
-  if (at_end && step.shift0.defined() && !steps_on_times_ && end < int64_t(times_.size())) {
+  if (at_end && step.shift0.defined() && !steps_on_times_ &&
+      (overshoot_ || end < int64_t(times_.size()))) {
     at_end = false;  // the value is y1; its gradient in this output time needs the slope there
   }
   const int64_t inner = at_end ? end - 1 : end;

@@ -34,16 +34,22 @@ inline Counts counts_of(PyObject* object) {
           int64_t(tensor.storage().use_count())};
 }
 
-// Whether a tensor is held by its one Python object and by nothing else, but for `views` of ours. Memory that torch did not
-// allocate (an array's, say) has an owner who does not count here; such storages cannot be resized.
-inline bool is_ours_alone(PyObject* object, int64_t views = 0) {
+// What they are where nothing keeps the tensor. Found when the module is imported: a thread that
+// waited for another to find it would hold the GIL that the other needs.
+inline const Counts& counts_of_unshared() {
   static const Counts alone = [] {
     const py::object fresh = wrap(at::empty({1}, at::kFloat));
     return counts_of(fresh.ptr());
   }();
+  return alone;
+}
+
+// Whether a tensor is held by its one Python object and by nothing else, but for `views` of ours. Memory that torch did not
+// allocate (an array's, say) has an owner who does not count here; such storages cannot be resized.
+inline bool is_ours_alone(PyObject* object, int64_t views = 0) {
   Counts counts = counts_of(object);
   counts.storage -= views;
-  return counts == alone && THPVariable_Unpack(object).storage().resizable();
+  return counts == counts_of_unshared() && THPVariable_Unpack(object).storage().resizable();
 }
 
 // The members of a tuple state, one after the other in the flat state; none for a state of one tensor.

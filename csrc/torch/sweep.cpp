@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "native.h"
 #include "path.h"
@@ -248,6 +249,8 @@ Decision Sweep::error_norm(const at::Tensor& y1, const Terms& k, const double* o
     const Change states[] = {{y_, y1, y_terms, of_y, tol_}, {adj_, adj1, adj_k, of_adj, tol_}};
     const Quadrature quadrature{counted_.start, counted_.end, counted_.error, tolerances_.first,
                                 tolerances_.second};
+    std::optional<py::gil_scoped_release> release;
+    if (!y_.is_cpu()) release.emplace();
     return norm_.decide(states, &quadrature, 0, dt, control_);
   }
   const Tolerances least{tolerances_.first, tolerances_.second, {}, {}};

@@ -8,6 +8,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -86,17 +87,23 @@ class Vjp {
     return views == 0 || is_ours_alone(returned.ptr(), views) ? f : f.clone();
   }
 
-  static std::vector<at::Tensor> pull_back(const at::Tensor& value,
-                                           const std::vector<at::Tensor>& inputs,
-                                           const at::Tensor& cotangent) {
+  std::vector<at::Tensor> pull_back(const at::Tensor& value, const std::vector<at::Tensor>& inputs,
+                                    const at::Tensor& cotangent) {
     std::vector<at::Tensor> products;
     try {
       const py::gil_scoped_release other_threads_run;
       // The graph is kept: a part of it may belong to the caller and be walked again.
-      products = torch::autograd::grad({value}, inputs, {cotangent}, true, false, true);
+      products = torch::autograd::grad({value}, inputs, {cotangent}, keeps_graph_, false, true);
     } catch (python_error& error) {
       if (!PyErr_Occurred()) error.restore();
-      throw py::error_already_set();
+      py::error_already_set raised;
+      // The backward pass of a field that torch.compile made writes into what it saved, and refuses
+      // to begin where that is to be kept.
+      const std::string_view text = raised.what();
+      const bool refused = text.find("donated buffer") != std::string_view::npos;
+      if (!refused || !keeps_graph_) throw raised;
+      keeps_graph_ = false;
+      return pull_back(value, inputs, cotangent);
     }
     for (at::Tensor& product : products) {
       if (!product.defined()) continue;
@@ -111,6 +118,7 @@ class Vjp {
   const bool needs_t_;
   py::object examine_;  // called once, with the first value, its y and its t
   at::Tensor time_;
+  bool keeps_graph_ = true;  // of the field, when it has been walked
 };
 
 }  // namespace flashode

@@ -1,8 +1,9 @@
 """flashode: ordinary differential equations for PyTorch, a drop-in for torchdiffeq."""
 
+from . import compat
 from .api import explain, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
-from .dense import DenseOutput
 from .batched import BatchSolution
+from .dense import DenseOutput
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
 from .events import Event
 from .extension import build_config
@@ -26,6 +27,7 @@ __all__ = [
     "Status",
     "build_config",
     "check_gradients",
+    "compat",
     "explain",
     "odeint",
     "odeint_adjoint",

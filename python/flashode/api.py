@@ -12,7 +12,7 @@ from .adjoint.spec import collect_params, make_spec
 from .arguments import initial_time, joined_times, kind_of
 from .augmented import Path
 from .dense import DenseOutput, dense_output
-from .engines import BATCH_ENGINES, ENGINES, choose, solve_batch
+from .engines import BATCH_ENGINES, ENGINES, choose, solve_batch, traced
 from .errors import ArgumentError, ArgumentTypeError, Status
 from .events import Inquiry, events_of
 from .options import warn_of_idle_stops
@@ -45,7 +45,7 @@ def odeint(
             either; the solve ends where the first element of any changes sign, to within ``atol`` in
             ``t``. ``t`` then holds the initial time and one later time that only gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
-        engine: ``"auto"``, ``"native"`` or ``"reference"``.
+        engine: ``"auto"``, ``"native"``, ``"reference"``, or ``"scipy"``, which is for its own method.
         progress: whether to show a progress bar (needs tqdm).
 
     Returns:
@@ -64,12 +64,20 @@ def odeint(
         >>> round(y[-1].item(), 5)
         0.36788
     """
+    if transforms.records(y0) and not progress and traced.serves(func, method, options, event_fn, engine):
+        return traced.odeint(func, y0, t, method, options, args)
+    return _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress)
+
+
+@transforms.outside_graphs
+def _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress):
     problem, solution = _solve(
         func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, True
     )
     return _returned(event_fn, problem, solution)
 
 
+@transforms.outside_graphs
 def solve(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=(), engine="auto",
     progress=False, throw=True, dense=False,
@@ -119,6 +127,7 @@ def solve(
     return solution
 
 
+@transforms.outside_graphs
 def odeint_dense(
     func, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None, args=(), engine="auto",
     progress=False,
@@ -179,6 +188,7 @@ def _returned(event_fn, problem: Problem, solution: Solution):
     return (solution.event_t, solution.ys) if problem.events else solution.ys
 
 
+@transforms.outside_graphs
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
@@ -249,6 +259,7 @@ def odeint_adjoint(
     return _returned(event_fn, problem, solve_with_adjoint(problem, spec, params, name))
 
 
+@transforms.outside_graphs
 def odeint_event(func, y0, t0, *, event_fn, reverse_time=False, odeint_interface=odeint, **kwargs):
     """Solves until an event, and gives the event's time and the state there all their gradients.
 

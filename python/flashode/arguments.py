@@ -15,7 +15,7 @@ import torch
 
 from .errors import ArgumentError, ArgumentTypeError
 from .methods import METHODS, Method
-from .transforms import is_batched, require_readable
+from .transforms import has_no_values, is_batched, require_readable
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)  # fmt: skip
@@ -37,6 +37,16 @@ def require_dense(name, x: torch.Tensor):
         raise ArgumentTypeError(f"{name} is a {odd} Tensor; give a dense one, see .to_dense()")
     if x.device.type == "meta":
         raise ArgumentTypeError(f"{name} is on the meta device; a solve needs real data")
+
+
+def require_values(name, x: torch.Tensor):
+    """Refuses Tensors that torch.export and FakeTensorMode make, where they cannot be traced."""
+    if has_no_values(x):
+        raise ArgumentError(
+            f"{name} is a fake Tensor, which has no values. Where operations are recorded, as by torch.export, only "
+            "odeint with a fixed-step method on the times t themselves can be: no step_size, grid_constructor, "
+            "event_fn, callbacks or engine='native'"
+        )
 
 
 def to_dtype(dtype, y: torch.Tensor) -> torch.Tensor:
@@ -79,6 +89,7 @@ def _state_member(y, name):
 
 
 def require_finite(y0, shapes, method):
+    require_values("y0", y0)
     # A fixed-step solve on a GPU never waits for the device, not even for this check; and vmap lets
     # nobody look.
     if not method.adaptive and (y0.device.type != "cpu" or is_batched(y0)):
@@ -130,18 +141,24 @@ def nearest(name, names) -> str:
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
-def forward_times(t, name) -> tuple[list[float], float]:
-    """The times on the forward clock, and the direction of the caller's clock."""
+def check_times(t, name):
+    """Refuses what cannot be times, whatever its values are."""
     if not isinstance(t, torch.Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {kind_of(t)}")
     require_dense(name, t)
-    require_readable(t, f"the check of {name}")
     if not t.is_floating_point():
         raise ArgumentTypeError(f"`{name}` must be a floating point Tensor but is a {t.dtype}")
     if t.ndim != 1:
         raise ArgumentError(f"{name} must be one dimensional, got shape {tuple(t.shape)}")
     if t.numel() == 0:
         raise ArgumentError(f"{name} is empty; it must hold at least the initial time")
+
+
+def forward_times(t, name) -> tuple[list[float], float]:
+    """The times on the forward clock, and the direction of the caller's clock."""
+    check_times(t, name)
+    require_values(name, t)
+    require_readable(t, f"the check of {name}")
     values = t.tolist()
     for i, value in enumerate(values):
         if not math.isfinite(value):
@@ -184,7 +201,7 @@ def joined_times(t0, t1) -> torch.Tensor:
         if real_number(end) is None:
             raise ArgumentTypeError(f"{name} must be a number or a Tensor of one element, got {kind_of(end)}")
         if not isinstance(end, torch.Tensor):
-            end = torch.tensor(real_number(end), dtype=torch.float64)
+            end = torch.tensor(real_number(end), dtype=torch.float64, device="cpu")
         ends.append(end.to(like[0].device if like else "cpu").reshape(()))
     dtype = torch.promote_types(*(end.dtype for end in ends))
     t = torch.stack([end.to(dtype) for end in ends])
@@ -284,12 +301,12 @@ def floored(rtol, atol, y0):
         return rtol, atol
     eps = torch.finfo(dtype).eps
     least_rtol, least_atol = 4 * eps, eps * (y0.detach().abs().max().item() or 1.0)
-    floored = []
+    floored, raised = [], False
     for value, least in ((rtol, least_rtol), (atol, least_atol)):
-        floored.append(value.clamp(min=least) if isinstance(value, torch.Tensor) else max(value, least))
-    if any(
-        bool((torch.as_tensor(new) != torch.as_tensor(old)).any()) for new, old in zip(floored, (rtol, atol))
-    ):
+        of_several = isinstance(value, torch.Tensor)
+        floored.append(value.clamp(min=least) if of_several else max(value, least))
+        raised |= bool((value < least).any()) if of_several else value < least
+    if raised:
         warnings.warn(
             f"{dtype} cannot meet these tolerances: rtol raised to at least {least_rtol:.3g}, atol to at "
             f"least {least_atol:.3g}. Use a float32 state for more accuracy.",
@@ -320,6 +337,8 @@ def callbacks_of(func, method: Method):
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"func.{name} must be callable, got {kind_of(callback)}")
     served = CALLBACKS if method.adaptive else CALLBACKS[:1]
+    if method.family == "scipy":
+        served = CALLBACKS[1:2]  # SciPy tells of a step when it is done
     refused = {
         name for name, callback in zip(CALLBACKS, found) if callback is not None and name not in served
     }

@@ -15,7 +15,7 @@ class Controller:
     ``order`` is the method's order; all sizes are positive and in units of ``t``. ``betas`` are the
     exponents, in units of ``1/order``, of the error ratios of this step and the two accepted before it
     (Söderlind, *Digital filters in adaptive time-stepping*, ACM TOMS 29, 2003); ``ELEMENTARY``, the
-    default, looks at this step alone.
+    default, looks at this step alone. ``predictive`` adds `predicted_step`.
     """
 
     order: int
@@ -25,6 +25,7 @@ class Controller:
     min_step: float = 0.0
     max_step: float = math.inf
     betas: tuple[float, float, float] = ELEMENTARY
+    predictive: bool = False
 
 
 def first_guess(d0: float, d1: float) -> float:
@@ -73,6 +74,17 @@ def next_step(error_ratio: float, dt: float, control: Controller, past=(1.0, 1.0
         factor = control.safety / filtered ** (1.0 / control.order)
         factor = min(control.ifactor, max(factor, control.dfactor))
     return clamp_step(dt * factor, control)
+
+
+def predicted_step(error_ratio: float, dt: float, control: Controller, past_ratio: float, past_dt: float):
+    """Most that the next step may be if the error goes on to grow as it did from the last accepted step to
+    this one (Gustafsson; Hairer and Wanner II, IV.8): stiff problems grow harder over many steps, and where
+    stages cost an iteration each, a refused step is dear."""
+    if not error_ratio > 0:
+        return math.inf
+    growth = (max(past_ratio, 0.01) / error_ratio) ** (1.0 / control.order) * dt / past_dt
+    factor = control.safety / error_ratio ** (1.0 / control.order) * growth
+    return clamp_step(dt * max(factor, control.dfactor), control)
 
 
 def remember(error_ratio: float, control: Controller, past):

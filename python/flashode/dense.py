@@ -13,7 +13,7 @@ from .errors import ArgumentError, ArgumentTypeError
 from .problem import Problem, members_of
 from .pytrees import Tree
 from .solution import Outcome
-from .transforms import require_readable
+from .transforms import is_batched
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +56,8 @@ class DenseOutput:
 
         Args:
             t: number, or real Tensor of any shape S on any device, from ``t0`` to ``t1``; the
-                rounding of its dtype, and that of the solve's times, is let pass.
+                rounding of its dtype, and that of the solve's times, is let pass. To look, a
+                Tensor on a GPU is waited for.
 
         Returns:
             Tensor of shape (*S, *state), or what the state is made of such Tensors.
@@ -149,7 +150,7 @@ def dense_output(problem: Problem, path: Path, outcome: Outcome) -> DenseOutput:
     begin, end, polynomials = problem.times[0], problem.times[-1], path.release()
     if not polynomials:  # one time only, or an event or a failure at the start
         end, polynomials = begin, [problem.y0[None]]
-        begins, lengths = torch.tensor([[begin], [1.0]], dtype=torch.float64)
+        begins, lengths = torch.tensor([[begin], [1.0]], dtype=torch.float64, device="cpu")
     else:
         begins, lengths = _clock(path)
         if not outcome.status.ok:
@@ -174,8 +175,8 @@ def dense_output(problem: Problem, path: Path, outcome: Outcome) -> DenseOutput:
 
 def _clock(path: Path):
     """Beginnings and lengths of the steps and of one after them, as long as the last, with their gradients."""
-    begins = torch.tensor([*path.begins, path.ends[-1]], dtype=torch.float64)
-    lengths = torch.tensor([e - b for b, e in zip(path.begins, path.ends)], dtype=torch.float64)
+    begins = torch.tensor([*path.begins, path.ends[-1]], dtype=torch.float64, device="cpu")
+    lengths = torch.tensor([e - b for b, e in zip(path.begins, path.ends)], dtype=torch.float64, device="cpu")
     lengths = torch.cat([lengths, lengths[-1:]])
     if path.shifts[0][0] is None:
         return begins, lengths
@@ -199,9 +200,12 @@ def _as_times(t) -> torch.Tensor:
         number = real_number(t)
         if number is None:
             raise ArgumentTypeError(f"t must be a number or a Tensor of times, got {kind_of(t)}")
-        return torch.tensor(number, dtype=torch.float64)
+        return torch.tensor(number, dtype=torch.float64, device="cpu")
     require_dense("t", t)
-    require_readable(t, "dense output")
+    if is_batched(t):
+        raise ArgumentError(
+            "torch.func.vmap hides the times; call sol with the Tensor of all of them, of any shape"
+        )
     if t.is_complex() or t.dtype == torch.bool:
         raise ArgumentTypeError(f"t must hold real times, got {t.dtype}")
     return t if t.is_floating_point() else t.double()

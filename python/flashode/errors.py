@@ -10,7 +10,8 @@ class Status(enum.IntEnum):
     """How a solve ended; the numbers are shared with the C++ engine.
 
     NONFINITE_ERROR: the error relative to the tolerance is not finite although the state and its
-    slopes are, as where ``atol`` is 0 and the state vanishes.
+    slopes are, as where ``atol`` is 0 and the state vanishes. NONCONVERGENCE: the equations of an
+    implicit step could not be solved, however short the step where it may be shortened.
     NO_EVENT: the end given as ``until`` was reached, and none of the events was met.
     """
 
@@ -21,6 +22,7 @@ class Status(enum.IntEnum):
     NONFINITE_STATE = 4
     EVENT = 5
     NONFINITE_ERROR = 6
+    NONCONVERGENCE = 7
     NO_EVENT = 8
 
     @property

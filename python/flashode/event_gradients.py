@@ -3,7 +3,7 @@
 At the event ``c(t, y(t)) = 0``. Where parameters move ``y`` at a fixed time by ``dy``, and ``c`` itself
 by ``dc``, the event moves by ``dt = -(dc + dc/dy dy) / (dc/dt + dc/dy f)`` and the state there by
 ``dy + f dt`` (Chen, Amos, Nickel, *Learning neural event functions for ordinary differential
-equations*, 2021, section 3, who do not follow ``dc``).
+equations*, 2021).
 """
 
 from __future__ import annotations

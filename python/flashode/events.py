@@ -55,10 +55,12 @@ class Event:
     def __post_init__(self):
         if not callable(self.fn):
             raise ArgumentTypeError(f"event_fn must be callable as event_fn(t, y), got {kind_of(self.fn)}")
-        if isinstance(self.direction, bool) or self.direction not in (-1, 0, 1):
+        direction = real_number(self.direction)
+        if direction not in (-1, 0, 1):
             raise ArgumentError(
                 f"direction must be 0, +1 (from negative to positive) or -1, got {kind_of(self.direction)}"
             )
+        object.__setattr__(self, "direction", int(direction))
         if self.until is None:
             return
         if isinstance(self.until, torch.Tensor) and self.until.requires_grad:
@@ -115,8 +117,8 @@ def end_of(events: tuple[Event, ...], begin: float, direction: float) -> float:
 
 
 def event_values(events: tuple[Event, ...], t: torch.Tensor, y) -> list[torch.Tensor]:
-    """What each event function returns at ``(t, y)``: real vectors, differentiable."""
-    return [_checked(event.fn(t, y)).reshape(-1) for event in events]
+    """What each event function returns at ``(t, y)``: real vectors where t is, differentiable."""
+    return [_checked(event.fn(t, y)).reshape(-1).to(t.device) for event in events]
 
 
 def _checked(values) -> torch.Tensor:
@@ -188,7 +190,7 @@ def crossing(distance: Callable[[float], float], a, d_a, b, d_b, tol: float) -> 
 
     The result lies within ``tol`` of a change of sign; where that is below the resolution of
     time, at one. The ITP method (Oliveira and Takahashi, *An enhancement of the bisection method
-    average performance preserving minmax optimality*, ACM TOMS 47, 2020, algorithm 1): superlinear
+    average performance preserving minmax optimality*, ACM TOMS 47, 2020): superlinear
     where ``distance`` is smooth, the midpoint where it is but a sign, and never more than one
     evaluation behind bisection, or two with rounding.
     """

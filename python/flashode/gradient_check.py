@@ -258,7 +258,11 @@ def _short(tol) -> str:
 
 
 def _numbers(tol):
-    return [x for part in tree_leaves(tol) for x in torch.as_tensor(part).reshape(-1).tolist()]
+    return [
+        x
+        for part in tree_leaves(tol)
+        for x in (part.reshape(-1).tolist() if isinstance(part, torch.Tensor) else [part])
+    ]
 
 
 # ---- one mode --------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ class Dense:
     @cached_property
     def matrix(self) -> torch.Tensor:
         """``weights`` as a float64 tensor of shape (stages, degree)."""
-        return torch.tensor([[float(w) for w in w_j] for w_j in self.weights], dtype=torch.float64)
+        rows = [[float(w) for w in w_j] for w_j in self.weights]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _unit(j: int, s: int) -> Row:
@@ -74,16 +75,19 @@ def quadratic(tableau: Tableau) -> Dense:
 
 
 def hermite(tableau: Tableau) -> Dense:
-    """The cubic through ``y0 f0 y1 f1``: third order. ``f1`` is the last stage of an FSAL method,
-    one extra evaluation at ``(t1, y1)`` otherwise."""
-    if tableau.fsal:
-        s, b, extra = tableau.stages, tableau.b, {}
-    else:
-        s, b = tableau.stages + 1, (*tableau.b, Fraction(0))
-        extra = {"extra_c": row(1), "extra_a": (tableau.b,)}
-    f0, f1 = _unit(0, s), _unit(s - 1, s)
+    """The cubic through ``y0 f0 y1 f1``: third order. ``f0`` and ``f1`` are the first and the last stage
+    where those are the slopes at the ends of the step, extra evaluations otherwise."""
+    b, extra_c, extra_a = tableau.b, (), ()
+    first, last = 0, tableau.stages - 1
+    if not tableau.begins_with_f0:
+        first, extra_c, extra_a = len(b), row(0), (row(0) * len(b),)
+        b = (*b, Fraction(0))
+    if not tableau.fsal:
+        last, extra_c, extra_a = len(b), (*extra_c, *row(1)), (*extra_a, b)
+        b = (*b, Fraction(0))
+    f0, f1 = _unit(first, len(b)), _unit(last, len(b))
     columns = [f0, _mix((3, b), (-2, f0), (-1, f1)), _mix((-2, b), (1, f0), (1, f1))]
-    return _dense(columns, 3, **extra)
+    return _dense(columns, 3, extra_c=extra_c, extra_a=extra_a)
 
 
 def quartic(tableau: Tableau, b_mid: Row) -> Dense:
@@ -107,5 +111,5 @@ def weights_at(dense: Dense, x):
 
     ``x``: float64 tensor of shape (M,); returns (M, stages), differentiable in ``x``.
     """
-    powers = x[:, None] ** torch.arange(1, dense.degree + 1, dtype=x.dtype)
+    powers = x[:, None] ** torch.arange(1, dense.degree + 1, dtype=x.dtype, device=x.device)
     return powers @ dense.matrix.T

@@ -44,6 +44,9 @@ class Problem:
             root mean square over the members.
         stops: ``(time, is_jump)`` that steps must end on, ascending.
         max_num_steps: trial steps allowed between two output times.
+        max_iters: iterations of Newton's method allowed for a stage of an implicit method.
+        max_order, corrections: of Adams methods; corrections that need not be half of the one before.
+        solver: SciPy's name of the one to use, with method="scipy_solver".
         events: what the solve ends at; none for a solve through all times.
         until: forward time at which a solve without event ends.
         callbacks: bound callbacks of ``func``, or None, in the order step, accept, reject.
@@ -71,6 +74,10 @@ class Problem:
     grid: torch.Tensor | None = None
     steps_on_times: bool = False
     perturb: bool = False
+    max_order: int = 0
+    corrections: int = 0
+    max_iters: int = 1
+    solver: str | None = None
     callbacks: tuple[Callable | None, ...] = (None, None, None)
     events: tuple[Event, ...] = ()
     until: float = math.inf
@@ -94,7 +101,7 @@ class Problem:
             self.t.requires_grad or (self.grid is not None and self.grid.requires_grad)
         )
 
-    @cached_property
+    @property  # not cached, or torch.compile could not trace it
     def offsets(self) -> list[int]:
         """Where each member of the state begins in the flat state, and the end."""
         sizes = [self.y0.numel()] if self.shapes is None else [s.numel() for s in self.shapes]
@@ -114,8 +121,9 @@ class Problem:
 
         Rounding to a dtype coarser than the clock must not leave the interval.
         """
-        begin, end = self.times[0], self.end
-        if end == math.inf:
+        # A method with a node beyond 1, as kvaerno5 has, needs the field a part of a step past the end.
+        tableau, begin, end = self.method.tableau, self.times[0], self.end
+        if end == math.inf or (tableau is not None and max(tableau.c) > 1):
             return -math.inf, math.inf
         if self.grid is not None:
             begin, end = min(begin, self.grid[0].item()), max(end, self.grid[-1].item())
@@ -207,6 +215,10 @@ class Problem:
             raise ArgumentError(
                 f"We require len(t) == 2 when in event handling mode, but got len(t)={len(times)}."
             )
+        if events and chosen.family == "scipy":
+            raise ArgumentError(
+                f"method={chosen.name!r} locates no events; take one of flashode's own methods"
+            )
         until = end_of(events, times[0], direction)
         if events:
             t = torch.cat([t[:1], t[1:].detach()])
@@ -216,7 +228,7 @@ class Problem:
                     f"t is not on the same device as y0 ({t.device}, {y0.device}). Coercing to y0.device."
                 )
         arguments.require_finite(y0, shapes, chosen)
-        if not chosen.adaptive and not events:
+        if not chosen.adaptive and not chosen.corrects and not events:
             rtol = atol = 0.0  # ignored, whatever they are
         sizes = None if shapes is None else [s.numel() for s in shapes]
         rtol, atol = (arguments.tolerance(n, v, y0, sizes) for n, v in (("rtol", rtol), ("atol", atol)))
@@ -260,5 +272,5 @@ def _round_up(x: float, dtype: torch.dtype) -> float:
     if dtype == torch.float32:  # NumPy takes a microsecond where tensors take ten, once a solve
         rounded = np.float32(x)
         return float(rounded if float(rounded) >= x else np.nextafter(rounded, np.float32(np.inf)))
-    rounded = torch.tensor(x, dtype=dtype)
+    rounded = torch.tensor(x, dtype=dtype, device="cpu")
     return (rounded if rounded.item() >= x else torch.nextafter(rounded, rounded.new_tensor(math.inf))).item()

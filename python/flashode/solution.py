@@ -92,7 +92,7 @@ class Outcome:
     """What an engine hands back: enough for a `Solution` or for a `SolveError` that names causes.
 
     Times are on the engine's forward clock. ``k`` and ``y1`` are those of the last trial step; they
-    are read only to find the element at fault.
+    are read only to find the element at fault. ``message`` is what another library said of a failure.
     """
 
     status: Status
@@ -108,6 +108,8 @@ class Outcome:
     y1: torch.Tensor | None = None
     event_t: float = math.nan
     event_index: int = -1
+    unsolved: float | None = None
+    message: str = ""
 
 
 def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
@@ -163,9 +165,23 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
             "the solution overflows its dtype, or leaves the domain of func",
         ),
         Status.NONFINITE_ERROR: _nonfinite_error(problem, outcome, t, index),
+        Status.NONCONVERGENCE: (
+            f"the stage equations of {problem.method.name} could not be solved in step {outcome.accepted + 1}, from "
+            f"t={t!r} with dt={dt!r}: the last change that Newton's method made is {outcome.unsolved} "
+            + ("tolerances" if problem.adaptive else "of the state"),
+            "take smaller steps; check that func is smooth in y"
+            + (
+                f", or raise options={{'max_iters': ...}}, now {problem.max_iters}"
+                if not problem.corrections
+                else ""
+            ),
+        ),
         Status.STEP_UNDERFLOW: (
-            f"underflow in dt {dt!r} at t={t!r}: the error test fails however small the step "
-            f"(error ratio {outcome.error_ratio:.3g})",
+            f"underflow in dt {dt!r} at t={t!r}: "
+            + (
+                outcome.message
+                or f"the error test fails however small the step (error ratio {outcome.error_ratio:.3g})"
+            ),
             "the solution may have a singularity here, the tolerances may be below the rounding "
             "of the state's dtype, or the step below the resolution of t; loosen rtol or atol "
             "(an atol of 0 needs a state that never vanishes)",
@@ -220,7 +236,11 @@ def _cause(problem, outcome: Outcome):
     """The true reason behind a step that could not be taken, and a tensor that is not finite at
     the element to blame, if one is."""
     status = outcome.status
-    if not outcome.k or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio)):
+    if (
+        not outcome.k
+        or status == Status.NONCONVERGENCE
+        or (status == Status.STEP_UNDERFLOW and math.isfinite(outcome.error_ratio))
+    ):
         return status, None
     suspects = [(Status.NONFINITE_FIELD, k) for k in outcome.k] + [(Status.NONFINITE_STATE, outcome.y1)]
     for reason, x in suspects:

@@ -65,6 +65,16 @@ class Tableau:
         return all(len(a_i) == i for i, a_i in enumerate(self.a))
 
     @cached_property
+    def coupled(self) -> bool:
+        """Some stage depends on later ones: all are solved for at once."""
+        return any(len(a_i) > i + 1 for i, a_i in enumerate(self.a))
+
+    @property
+    def begins_with_f0(self) -> bool:
+        """The first stage is the slope at the start of the step."""
+        return not self.a[0]
+
+    @cached_property
     def numbers(self) -> tuple[list, list, list, list]:
         """``c a b b_err`` as floats."""
         rows = (self.c, self.b, self.b_err or ())
@@ -74,4 +84,5 @@ class Tableau:
     @cached_property
     def fsal(self) -> bool:
         """First same as last: the last stage is evaluated at the step's own result."""
-        return self.c[-1] == 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0
+        padded = (*self.a[-1], *row(0) * (self.stages - len(self.a[-1])))
+        return self.c[-1] == 1 and padded == self.b

@@ -19,7 +19,7 @@ def methods_table() -> str:
         *(
             (
                 f"`{m.name}`" + (" (default)" if m.name == "dopri5" else ""),
-                str(m.order),
+                "SciPy's" if m.family == "scipy" else str(m.order),
                 "adaptive" if m.adaptive else "fixed",
                 _calls(m),
                 _between(m),
@@ -32,6 +32,10 @@ def methods_table() -> str:
 
 
 def _calls(method: Method) -> str:
+    if method.family == "scipy":
+        return "SciPy's"
+    if method.family == "adams":
+        return "1" + (", and 1 a correction" if method.corrects else "") + "; 4 in the first steps"
     stages, extra = method.tableau.stages, len(method.dense.extra_c)
     if not method.adaptive:
         return str(stages)
@@ -39,6 +43,8 @@ def _calls(method: Method) -> str:
 
 
 def _between(method: Method) -> str:
+    if method.family == "scipy":
+        return "SciPy's"
     return f"order {method.dense.order}" if method.adaptive else 'linear, or `interp="cubic"`'
 
 

@@ -64,7 +64,8 @@ class _Adjoint(torch.autograd.Function):
             recording.event_t = outcome.event_t
             # For second derivatives; what requires none may be written into.
             given = [x if x is not None and x.requires_grad else None for x in (y0, t, grid)]
-        ctx.save_for_backward(solution.ts, outcome.ys, *given, *params, *polynomials)
+        times = solution.ts.clone() if solution.ts.is_inference() else solution.ts  # those cannot be saved
+        ctx.save_for_backward(times, outcome.ys, *given, *params, *polynomials)
         return outcome.ys
 
     @staticmethod

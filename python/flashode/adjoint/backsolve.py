@@ -15,8 +15,9 @@ from dataclasses import replace
 
 import torch
 
+from ..arguments import method_named
 from ..augmented import Augmented, Gradients
-from ..engines import SWEEPS
+from ..engines import ENGINES, SWEEPS, choose
 from ..errors import GradientWarning
 from ..options import even_grid
 from ..problem import Problem
@@ -44,7 +45,7 @@ def gradients(record: Record, grad_ys: torch.Tensor, needs_t: bool):
     else:
         augmented = _augmented(record, grad_ys, needs_t)
         with shown(augmented.problem, record.spec.progress, "backward") as watched:
-            result = SWEEPS[record.engine](replace(augmented, problem=watched))
+            result = SWEEPS[_sweeper(record, augmented.problem)](replace(augmented, problem=watched))
         if not result.status.ok:
             raise backward_failure(augmented.problem, result)
         _warn_of_drift(augmented.problem, result)
@@ -68,14 +69,21 @@ def _moved(record: Record, grad_ys):
 
 def _only_restart_serves(record: Record) -> bool:
     """What is defined interval by interval: torchdiffeq's own steps, a grid of the caller's for
-    each interval, tolerances for parts of the augmented state."""
+    each interval, tolerances for parts of the augmented state; and methods that the sweep, which
+    transposes Runge-Kutta steps, has no steps of."""
     spec, shapes = record.spec, record.problem.shapes
     members = 1 if shapes is None else len(shapes)
     return (
-        bool(spec.options.get("overshoot"))
+        method_named(spec.method).family != "explicit"
+        or bool(spec.options.get("overshoot"))
         or spec.options.get("grid_constructor") is not None
         or any(isinstance(tol, (tuple, list)) and len(tol) != members for tol in (spec.rtol, spec.atol))
     )
+
+
+def _sweeper(record: Record, problem: Problem) -> str:
+    """The engine of the forward solve, or another where it does not serve the backward method."""
+    return record.engine if ENGINES[record.engine].supports(problem) is None else choose(problem, "auto")
 
 
 class _Backwards:
@@ -110,7 +118,7 @@ def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
         jumps=(rows != 0).any(1).flip(0).tolist(),
         params=record.params,
         needs_t=needs_t,
-        seminorm=spec.seminorm,
+        seminorm=spec.seminorm and problem.norm is None,  # a norm of the caller's is given every part
         path=record.steps,
         first_step=first_step,
         examine=lambda value, y, t: warn_unlisted(forward.func, value, (y, t, *record.params)),
@@ -119,7 +127,7 @@ def _augmented(record: Record, grad_ys, needs_t: bool) -> Augmented:
 
 def _grid_through(problem: Problem) -> torch.Tensor:
     """Steps of the given size from every output to the next."""
-    clock = torch.tensor(problem.times, dtype=torch.float64)
+    clock = torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     step_size = problem.control.max_step
     grids = [even_grid(clock[i : i + 2], problem.times[i : i + 2], step_size) for i in range(len(clock) - 1)]
     return torch.cat([clock[:1], *(grid[1:] for grid in grids)])

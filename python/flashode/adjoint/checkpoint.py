@@ -16,6 +16,7 @@ from ..engines import ENGINES
 from ..problem import Problem
 from ..progress import counted
 from ..solution import Landing
+from ..vjp import vector_jacobian_products
 from .apart import apart
 from .reached import warn_unlisted
 from .schedule import reversal, thinned
@@ -139,7 +140,7 @@ class _Replay:
         if self.points is None:
             return None
         index = self.moved_by[point]
-        return torch.zeros((), dtype=torch.float64) if index is None else self.points[index]
+        return torch.zeros((), dtype=torch.float64, device="cpu") if index is None else self.points[index]
 
     def advance(self, state, start: int, stop: int):
         """The state that step ``stop`` begins with, from that of step ``start``; nothing is recorded."""
@@ -159,7 +160,7 @@ class _Sweep:
         self.compares = grad_ys.device.type == "cpu"  # on a GPU to look would be to wait
         shifts = points = None
         if needs_time:
-            shifts = points = torch.zeros(len(record.t), dtype=torch.float64).requires_grad_()
+            shifts = points = torch.zeros(len(record.t), dtype=torch.float64, device="cpu").requires_grad_()
             if not self.problem.adaptive:
                 points = torch.zeros_like(self.problem.grid).requires_grad_()
         self.needs_time = needs_time
@@ -182,10 +183,7 @@ class _Sweep:
         if self.examines:
             warn_unlisted(self.problem.func, outputs, inputs)
             self.examines = False
-        # The graph is kept: a part of it may belong to the caller and be walked again.
-        self.adj_y, *grads = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True
-        )
+        self.adj_y, *grads = vector_jacobian_products(outputs, inputs, cotangents)
         self.adj_f = None if f0 is None else grads.pop(0)
         for total, grad in zip(self.totals, grads):
             if grad is not None:

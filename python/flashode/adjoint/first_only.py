@@ -10,7 +10,7 @@ def first_only(grads, message: str):
 
     Without it a second derivative would be taken for zero: these gradients have no graph.
     """
-    return _FirstOnly.apply(torch.zeros((), requires_grad=True), message, *grads)
+    return _FirstOnly.apply(torch.zeros((), device="cpu", requires_grad=True), message, *grads)
 
 
 class _FirstOnly(torch.autograd.Function):

@@ -11,6 +11,7 @@ from ..engines import ENGINES, choose
 from ..problem import Problem
 from ..progress import counted
 from ..solution import finish
+from ..vjp import vector_jacobian_products
 from .reached import warn_unlisted
 from .spec import AdjointSpec, Record, take_callbacks
 
@@ -58,10 +59,12 @@ class _AugmentedField:
 
     def __call__(self, t, augmented):
         vjp_t, ys, adj_ys, _ = self.take_apart(augmented)
+        # An implicit method differentiates this field, in turn, to solve for its stages.
+        with_graph = any(x.requires_grad for x in augmented)
         with torch.enable_grad():
             # parity: vjp_t takes part in step-size control whether or not anyone wants it.
             t = t.detach().requires_grad_()
-            ys = [y.detach().requires_grad_() for y in ys]
+            ys = [y if with_graph and y.requires_grad else y.detach().requires_grad_() for y in ys]
             value = self.p.func(t, ys[0] if self.p.shapes is None else tuple(ys), *self.p.args)
             slopes = self.split(self.p.slope(value))
             inputs = [*ys, *self.params, t]
@@ -73,9 +76,10 @@ class _AugmentedField:
             grads = [None] * len(inputs)
             if reached:
                 outputs, cotangents = zip(*reached)
-                grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+                grads = vector_jacobian_products(outputs, inputs, cotangents, create_graph=with_graph)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
-        return (grads.pop().to(vjp_t.dtype), *(s.detach() for s in slopes), *grads)
+        slopes = slopes if with_graph else [s.detach() for s in slopes]
+        return (grads.pop().to(vjp_t.dtype), *slopes, *grads)
 
 
 def _solve_back(field: _AugmentedField, spec: AdjointSpec, t, vjp_t, y, adj_y, adj_params):
@@ -83,7 +87,7 @@ def _solve_back(field: _AugmentedField, spec: AdjointSpec, t, vjp_t, y, adj_y, a
     state = (vjp_t, *field.split(y), *field.split(adj_y), *adj_params)
     rtol, atol = (_spread(tol, field, len(adj_params)) for tol in (spec.rtol, spec.atol))
     problem = Problem.from_call(field, state, t, rtol, atol, spec.method, spec.options, None)
-    if spec.seminorm:
+    if spec.seminorm and problem.norm is None:
         problem = replace(problem, counted=1 + 2 * field.members)
     # A parameter of another dtype than the state's makes a tuple that the native engine leaves to the other.
     engine = choose(problem, "reference" if spec.engine == "reference" else "auto")
@@ -105,5 +109,5 @@ def _spread(tol, field: _AugmentedField, params: int):
         )
     if len(tol) != field.members:
         return tol  # given for the augmented state itself
-    least = min(torch.as_tensor(part).min().item() for part in tol)
+    least = min(part.min().item() if isinstance(part, torch.Tensor) else part for part in tol)
     return (least, *tol, *tol, *([least] * params))

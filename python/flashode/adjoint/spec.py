@@ -93,6 +93,24 @@ def make_spec(
             f"adjoint='interpolated' needs a forward method with step-size control, whose dense output is of its "
             f"order; method={problem.method.name!r} has none: use adjoint='checkpoint'"
         )
+    if mode == "checkpoint" and problem.method.family == "adams":
+        raise ArgumentError(
+            f"adjoint='checkpoint' replays steps one by one, and a step of method={problem.method.name!r} depends on "
+            "those before it: use odeint for the exact gradients, or adjoint='backsolve'"
+        )
+    if mode == "checkpoint" and problem.method.family == "scipy":
+        raise ArgumentError(
+            f"adjoint='checkpoint' replays the steps of the forward solve, and with method={problem.method.name!r} they are "
+            "SciPy's: use adjoint='backsolve'"
+        )
+    backward_method = arguments.method_named(
+        method if adjoint_method is None else adjoint_method, "adjoint_method"
+    )
+    if mode == "interpolated" and backward_method.family != "explicit":
+        raise ArgumentError(
+            f"adjoint='interpolated' solves backwards by an explicit method, not by {backward_method.name!r}: give "
+            "adjoint_method='dopri5' where the problem is not stiff backwards, or take adjoint='checkpoint'"
+        )
     refused = [name for name in ("restart", "grid_constructor") if options.get(name)]
     if mode == "interpolated" and refused:
         raise ArgumentError(
@@ -105,6 +123,10 @@ def make_spec(
     if isinstance(norm, str) and norm != "seminorm":
         raise ArgumentError(f"adjoint_options['norm'] must be callable or 'seminorm', got {norm!r}")
     seminorm = norm == "seminorm"
+    if seminorm and backward_method.family == "scipy":
+        raise ArgumentError(
+            "adjoint_options['norm'] = 'seminorm' is for flashode's own methods: SciPy's norm is fixed"
+        )
     check_backward(adjoint_rtol, adjoint_atol, method if adjoint_method is None else adjoint_method, options)
     if problem.norm is not None and (norm is None or seminorm):
         norm = _norm_around(problem, counts_params=not seminorm)

@@ -12,17 +12,18 @@ from __future__ import annotations
 from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError
 from ..problem import Problem
-from . import native, native_batched, reference, reference_batched, reference_sweep
+from . import adams as adams  # its steps join those of reference
+from . import native, native_batched, reference, reference_batched, reference_sweep, scipy_solver
 
-ENGINES = {"native": native, "reference": reference}
+ENGINES = {"native": native, "reference": reference, "scipy": scipy_solver}
 BATCH_ENGINES = {"native": native_batched, "reference": reference_batched}
 SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}
 
 
 def choose(problem: Problem, engine: str, engines=ENGINES):
     """The engine to use. A named engine that cannot serve raises; only "auto" falls back."""
-    if not isinstance(engine, str) or engine not in ("auto", *ENGINES):
-        raise ArgumentError(f"engine must be one of {['auto', *ENGINES]}, got {engine!r}")
+    if not isinstance(engine, str) or engine not in ("auto", *engines):
+        raise ArgumentError(f"engine must be one of {['auto', *engines]}, got {engine!r}")
     if engine == "auto":
         return next(name for name, e in engines.items() if e.supports(problem) is None)
     reason = engines[engine].supports(problem)

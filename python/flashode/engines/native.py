@@ -26,12 +26,16 @@ def supports(problem: Problem) -> str | None:
     y0 = problem.y0
     if extension.C is None:
         return extension.missing
+    if problem.method.family == "implicit":
+        return "implicit methods are solved by the reference engine"
     if y0.dtype not in _DTYPES:
         return f"no kernels for {y0.dtype} states"
     if y0.device.type not in ("cpu", "cuda"):
         return f"no kernels for {y0.device}"
     if y0.device.type == "cuda" and not extension.C.with_cuda:
         return "the extension was compiled without CUDA; rebuild where nvcc is found"
+    if problem.method.family != "explicit":
+        return f"{problem.method.name} has no compiled steps"
     if problem.events:
         return "events are located by the reference engine"
     if problem.dtypes is not None and len(set(problem.dtypes)) > 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
+from ..control import accept, clamp_step, first_guess, initial_step, next_step, predicted_step, remember
 from ..errors import Status
 from ..events import event_values
 from ..interp import weights_at
@@ -21,17 +21,19 @@ from ..options import MAX_NUM_STEPS
 from ..problem import Problem
 from ..solution import Landing, Outcome
 from ..transforms import is_batched, require_readable
+from .element import combine, mean_square_norm, scaled_error, weighted_sum, wide
 from .reference_events import solve_until_event
+from .stages import Stages, Unsolved
 
 
 def supports(problem: Problem) -> str | None:
-    """Why this engine cannot serve a problem: there is no such reason."""
-    return None
+    """Why this engine cannot serve a problem, or None."""
+    return "SciPy's solvers have an engine of their own" if problem.method.family == "scipy" else None
 
 
 def solve(problem: Problem, recording=None) -> Outcome:
     """Integrates through all output times, or until the event."""
-    run = Run(problem)
+    run = RUNS.get(problem.method.family, Run)(problem)
     run.recording = recording
     try:
         return solve_until_event(run) if problem.events else run.solve()
@@ -42,48 +44,12 @@ def solve(problem: Problem, recording=None) -> Outcome:
 def replay(problem: Problem, shifts):
     """Takes accepted steps of a solve again: `Run.replay`. ``shifts`` are zeros that carry the
     gradients of the output times, or None."""
-    run = Run(problem)
+    run = RUNS.get(problem.method.family, Run)(problem)
     run.shifts, run.replaying = shifts, True
     return run.replay
 
 
-# ---- arithmetic of one element: csrc/kernels/rk.h ------------------------------------------
-
-
-def wide(x):
-    """16-bit tensors are computed in float32 and rounded once, at the end."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def combine(y0, k, coef):
-    """``y0 + sum_j coef_j k_j``; the sum runs in the order of the stages, then ``y0`` is added."""
-    total = weighted_sum(k, coef)
-    return y0.clone() if total is None else (wide(y0) + total).to(y0.dtype)
-
-
-def weighted_sum(k, coef):
-    total = None
-    for coef_j, k_j in zip(coef, k):
-        if isinstance(coef_j, torch.Tensor) or coef_j != 0:
-            term = coef_j * wide(k_j)
-            total = term if total is None else total + term
-    return total
-
-
-def scaled_error(error, y0, y1, rtol, atol):
-    """``error / (atol + rtol * max(|y0|, |y1|))``; NaN wherever ``y1`` is not finite."""
-    y0, y1 = wide(y0), wide(y1)
-    tolerance = atol + rtol * torch.maximum(y0.abs(), y1.abs())
-    # y1 - y1 is 0 for finite values: an infinite y1 must not pass as a vanishing ratio.
-    return error / tolerance + (y1 - y1)
-
-
-def mean_square_norm(x, offsets):
-    """Largest root mean square over the members of a flat state, summed in float64."""
-    flat = x.reshape(-1).abs().double()
-    members = [flat[begin:end] for begin, end in zip(offsets, offsets[1:]) if end > begin]
-    norms = [m.square().mean().sqrt().item() for m in members]
-    return math.nan if any(math.isnan(n) for n in norms) else max(norms, default=0.0)
+# ---- what func is shown ----------------------------------------------------------------------
 
 
 def version_of(y):
@@ -94,9 +60,9 @@ def version_of(y):
 def stage_time(p: Problem, t, shift=None, nudge=0):
     """The 0-d tensor that func sees, rounded once and kept inside the interval."""
     low, high = p.time_bounds
-    x = torch.tensor(t, dtype=p.time_dtype)
+    x = torch.tensor(t, dtype=p.time_dtype, device="cpu")
     if nudge:
-        x = torch.nextafter(x, torch.tensor(nudge * math.inf, dtype=p.time_dtype))
+        x = torch.nextafter(x, torch.full_like(x, nudge * math.inf))
     x = (p.direction * x.clamp(low, high)).to(p.y0.device)
     return x if shift is None else x + (p.direction * shift).to(x)
 
@@ -141,11 +107,14 @@ class Run:
         self.nfe = self.accepted = self.rejected = 0
         self.trials = 0  # steps tried since the last output
         self.past = (1.0, 1.0)  # error ratios of the last two accepted steps
+        self.past_dt: float | None = None
         self.next_stop = 0
         self.accepted_times: list[float] = []
         # Where the solve stands.
         self.t0, self.y0 = problem.times[0], problem.y0
         self.dt = self.error_ratio = self.event_t = math.nan
+        self.stages = None if problem.method.tableau.explicit else Stages(self)
+        self.unsolved: float | None = None  # what Newton's method left in the last trial step, if it failed
         self.event_index = -1
         self.f0: torch.Tensor | None = None
         self.k: list[torch.Tensor] = []
@@ -164,7 +133,7 @@ class Run:
             rows = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), math.nan)])
         return Outcome(
             status, rows, self.nfe, self.accepted, self.rejected, self.accepted_times,
-            self.t0, self.dt, self.error_ratio, self.k, self.y1, self.event_t, self.event_index,
+            self.t0, self.dt, self.error_ratio, self.k, self.y1, self.event_t, self.event_index, self.unsolved,
         )  # fmt: skip
 
     def call(self, t, y, shift=None, nudge=0):
@@ -198,25 +167,42 @@ class Run:
         d2 = self.error_norm(scaled_error(wide(f1) - wide(f0), y0, y0, self.rtol, self.atol)) / h0
         return initial_step(h0, d1, d2, p.control.order)
 
+    def in_tolerances(self, change):
+        """The norm of a change of the state, relative to the tolerances."""
+        y0 = self.y0.detach()
+        return self.error_norm(scaled_error(change, y0, y0, self.rtol, self.atol))
+
+    def stage_place(self, i, t1, dt, shift1):
+        """The time of stage ``i``, its nudge, and the zero that carries its gradient."""
+        p, c_i = self.p, self.c[i]
+        at_end = c_i == 1
+        shift_i = None if shift1 is None else self.shift0 + c_i * (shift1 - self.shift0)
+        # parity: a stage at the end of the step sees the time just before it, so that a
+        # field that jumps there is taken from the left.
+        nudge = -1 if at_end and (p.adaptive or p.perturb) else 0
+        return t1 if at_end else self.t0 + c_i * dt, nudge, shift_i
+
+    def opening_slope(self):
+        """The slope that a fixed step begins with, None where its method has no use for it."""
+        if not self.p.method.tableau.begins_with_f0:
+            return None
+        return self.call(self.t0, self.y0.clone(), self.shift0, nudge=1 if self.p.perturb else 0)
+
     def rk_step(self, f0, t1, dt, shift1):
         """All stages from ``(t0, y0)`` to ``t1``; returns the slopes and the candidate ``y1``."""
-        p, t0 = self.p, self.t0
+        p = self.p
+        if not p.method.tableau.explicit:
+            return self.stages.step(f0, t1, dt, shift1)
         signed_dt = p.direction * dt
         if shift1 is not None:
             signed_dt = signed_dt + p.direction * (shift1 - self.shift0)
         fsal = p.method.tableau.fsal
         k, y1 = [f0], None
         for i in range(1, len(self.c)):
-            c_i = self.c[i]
-            at_end = c_i == 1
-            t_i = t1 if at_end else t0 + c_i * dt
-            shift_i = None if shift1 is None else self.shift0 + c_i * (shift1 - self.shift0)
             coef = [a_ij * signed_dt for a_ij in self.a[i]]
             y_i = combine(self.y0, k, coef)
             version = version_of(y_i)
-            # parity: a stage at the end of the step sees the time just before it, so that a
-            # field that jumps there is taken from the left.
-            nudge = -1 if at_end and (p.adaptive or p.perturb) else 0
+            t_i, nudge, shift_i = self.stage_place(i, t1, dt, shift1)
             k_i = self.call(t_i, y_i, shift_i, nudge)
             if fsal and i == len(self.c) - 1:
                 y1 = y_i if version_of(y_i) == version else combine(self.y0, k, coef)
@@ -249,7 +235,7 @@ class Run:
             self.dt = clamp_step(self.dt, p.control)
             t1, kind = self.landing(self.t0 + self.dt)
             if not t1 > self.t0 or self.dt < sys.float_info.min:
-                raise StepFailure(Status.STEP_UNDERFLOW)
+                raise StepFailure(Status.STEP_UNDERFLOW if self.unsolved is None else Status.NONCONVERGENCE)
             # A free step keeps its own length: t1 - t0 is rounded. No rounding lengthens a step,
             # or one of min_step would be refused, and one near the resolution of t never shrink.
             self.dt = dt = self.dt if kind == Landing.FREE else min(self.dt, t1 - self.t0)
@@ -257,14 +243,21 @@ class Run:
             shift1 = self.shift0
             if shift1 is not None and kind != Landing.FREE:
                 shift1 = self.shifts[-1] if kind == Landing.END else torch.zeros_like(shift1)
-            k, y1 = self.rk_step(self.f0, t1, dt, shift1)
-            self.k, self.y1 = k, y1
+            try:
+                k, y1 = self.rk_step(self.f0, t1, dt, shift1)
+            except Unsolved as failure:
+                self.reject_unsolved(failure)
+                continue
+            self.k, self.y1, self.unsolved = k, y1, None
             error = weighted_sum(k, [p.direction * dt * e_j for e_j in self.b_err]).detach()
             ratio = scaled_error(error, self.y0.detach(), y1.detach(), self.rtol, self.atol)
             self.error_ratio = self.error_norm(ratio)
             self.dt = next_step(self.error_ratio, dt, p.control, self.past)
             if accept(self.error_ratio, dt, p.control):
-                self.past = remember(self.error_ratio, p.control, self.past)
+                if p.control.predictive and self.past_dt is not None:
+                    most = predicted_step(self.error_ratio, dt, p.control, self.past[0], self.past_dt)
+                    self.dt = min(self.dt, most)
+                self.past, self.past_dt = remember(self.error_ratio, p.control, self.past), dt
                 p.report(on_accept, self.t0, self.y0, dt)
                 step = self.commit(t1, dt, shift1, kind)
                 self.f0 = self.handed_on(kind)
@@ -275,13 +268,35 @@ class Run:
                 if not torch.isfinite(self.f0).all() or dt <= p.control.min_step:
                     raise StepFailure(Status.NONFINITE_FIELD)
 
+    def stage_failure(self, failure: Unsolved) -> StepFailure:
+        """The end of a solve whose stages could not be solved for."""
+        self.error_ratio, self.unsolved = math.nan, failure.residual
+        if failure.values is None:
+            return StepFailure(Status.NONCONVERGENCE)
+        self.k, self.y1 = [failure.values], self.y0
+        return StepFailure(Status.NONFINITE_FIELD)
+
+    def reject_unsolved(self, failure: Unsolved):
+        """A step whose stages cannot be solved for is tried again with a quarter of its length."""
+        p, dt = self.p, self.dt
+        end = self.stage_failure(failure)
+        if failure.values is not None:
+            self.unsolved = None
+        self.rejected += 1
+        p.report(p.callbacks[2], self.t0, self.y0, dt)
+        if dt <= p.control.min_step or not torch.isfinite(self.f0).all():
+            raise end
+        self.dt = dt / 4
+
     def fixed_step(self, t1, shift1) -> Step:
         """One step of a prescribed length."""
         p = self.p
         self.dt = t1 - self.t0
         p.report(p.callbacks[0], self.t0, self.y0, self.dt)
-        f0 = self.call(self.t0, self.y0.clone(), self.shift0, nudge=1 if p.perturb else 0)
-        self.k, self.y1 = self.rk_step(f0, t1, self.dt, shift1)
+        try:
+            self.k, self.y1 = self.rk_step(self.opening_slope(), t1, self.dt, shift1)
+        except Unsolved as failure:
+            raise self.stage_failure(failure) from None
         if self.is_seen_nonfinite(self.y1):
             self.error_ratio = math.nan
             raise StepFailure(Status.NONFINITE_FIELD)
@@ -349,7 +364,7 @@ class Run:
     def interpolate(self, step: Step, times, shifts):
         """The solution at forward ``times`` inside a step, one row each."""
         dense, dt = self.p.dense, step.dt
-        times = torch.tensor(times, dtype=torch.float64)
+        times = torch.tensor(times, dtype=torch.float64, device="cpu")
         x = (times - step.t0) / (step.t1 - step.t0)
         if step.shift0 is not None:
             # The same quotient, with the gradients of the three times in it.
@@ -425,7 +440,7 @@ class Run:
         p = self.p
         self.t0, self.y0, self.shift0 = t0, y0, shift0
         if f0 is None:
-            f0 = self.call(t0, y0.clone(), shift0, nudge=1 if p.perturb else 0)
+            f0 = self.opening_slope()
         self.k, self.y1 = self.rk_step(f0, t1, dt, shift1)
         step = self.commit(t1, dt, shift1, kind)
         f1 = self.handed_on(kind) if p.adaptive else None
@@ -441,3 +456,7 @@ class Run:
     def event_values(self, t, y):
         """What every event function returns at a forward time."""
         return event_values(self.p.events, stage_time(self.p, t), self.p.unflatten(y))
+
+
+# Runs with steps of their own, by family of methods; the modules that define them put them here.
+RUNS: dict[str, type[Run]] = {}

@@ -17,7 +17,8 @@ import torch
 from ..batched import BatchOutcome, BatchProblem, with_mates
 from ..control import ELEMENTARY, accept, clamp_step, first_guess, initial_step, next_step, remember
 from ..errors import Status
-from .reference import scaled_error, version_of, weighted_sum, wide
+from .element import scaled_error, weighted_sum, wide
+from .reference import version_of
 
 RUNNING = -1  # in place of a Status
 

@@ -24,7 +24,9 @@ from ..augmented import Augmented, Gradients
 from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
 from ..errors import Status
 from ..interp import weights_at
-from .reference import StepFailure, combine, mean_square_norm, scaled_error, stage_time, weighted_sum, wide
+from ..vjp import vector_jacobian_products
+from .element import combine, mean_square_norm, scaled_error, weighted_sum, wide
+from .reference import StepFailure, stage_time
 
 # A step that would pass outputs over ends at the last of them where that leaves it this share of
 # its length. With gradients to enter, passing over costs as many calls again as the step itself;
@@ -94,7 +96,7 @@ class Sweep:
         inputs = [y] + ([time] if g.needs_t else []) + (list(g.params) if with_params else [])
         products = [None] * len(inputs)
         if f.requires_grad:
-            products = list(torch.autograd.grad(f, inputs, adj, retain_graph=True, allow_unused=True))
+            products = list(vector_jacobian_products(f, inputs, adj))
         of_y = torch.zeros_like(y) if products[0] is None else products[0]
         of_t = products[1] if g.needs_t else None
         of_params = products[1 + g.needs_t :] if with_params else [None] * len(g.params)
@@ -304,8 +306,8 @@ class Sweep:
         last = len(p.times) - self.next
         rows = wide(g.grad_ys[last - self.moved : last])
         positions = [(t1 - p.times[i]) / (t1 - self.t0) for i in range(self.next, self.next + self.moved)]
-        weights = weights_at(p.dense, torch.tensor(positions[::-1], dtype=torch.float64))
-        weights[:, : len(self.b)] -= torch.tensor(self.b, dtype=torch.float64)
+        weights = weights_at(p.dense, torch.tensor(positions[::-1], dtype=torch.float64, device="cpu"))
+        weights[:, : len(self.b)] -= weights.new_tensor(self.b)
         flat = (signed * weights.T).to(rows) @ rows.reshape(self.moved, -1)
         sources = flat.to(g.ys.dtype).reshape(-1, *p.y0.shape)
         states = self.states_at([1 - c_j for c_j in self.all_c], t1, dt)
@@ -335,7 +337,7 @@ class Sweep:
             at_end = self.all_c[i] == 1
             time = stage_time(p, t1 if at_end else self.t0 + self.all_c[i] * dt, nudge=-1 if at_end else 0)
             k.append(p.slope(p.func(time, p.unflatten(y_i), *p.args)))
-        weights = weights_at(p.dense, torch.tensor(positions, dtype=torch.float64)) * signed
+        weights = weights_at(p.dense, torch.tensor(positions, dtype=torch.float64, device="cpu")) * signed
         return [combine(self.y, k, row) for row in weights.tolist()]
 
     def arrive(self, t1, y1, adj1, integrals1, end):

@@ -14,20 +14,26 @@ class Option:
     meaning: str
 
 
-_ADAPTIVE, _FIXED = ("adaptive",), ("fixed",)
+_ADAPTIVE, _FIXED, _ADAMS, _SCIPY = ("adaptive",), ("fixed",), ("adams",), ("scipy",)
 
 OPTIONS = {
-    "first_step": Option(_ADAPTIVE, "length of the first trial step, in units of `t`; default: chosen"),
-    "min_step": Option(_ADAPTIVE, "a step this short stands whatever its error; default 0"),
-    "max_step": Option(_ADAPTIVE, "no step is longer"),
-    "max_num_steps": Option(_ADAPTIVE, "trial steps allowed between two outputs; default 100,000"),
-    "safety": Option(_ADAPTIVE, "part of the optimal step that is tried; default 0.9"),
+    "first_step": Option(
+        (*_ADAPTIVE, *_SCIPY), "length of the first trial step, in units of `t`; default: chosen"
+    ),
+    "min_step": Option((*_ADAPTIVE, *_SCIPY), "a step this short stands whatever its error; default 0"),
+    "max_step": Option((*_ADAPTIVE, *_SCIPY), "no step is longer"),
+    "max_num_steps": Option(
+        (*_ADAPTIVE, *_SCIPY), "trial steps allowed between two outputs; default 100,000"
+    ),
+    "safety": Option(
+        _ADAPTIVE, "part of the optimal step that is tried; default 0.9, of implicit methods 0.7"
+    ),
     "ifactor": Option(_ADAPTIVE, "most that a step grows by; default 10"),
     "dfactor": Option(_ADAPTIVE, "most that a step shrinks by; default 0.2"),
     "controller": Option(
         _ADAPTIVE,
         '`"i"` (default, torchdiffeq\'s), `"pi"` (PI.4.2) or `"pid"` step-size control, which also look at the '
-        "steps before and refuse fewer",
+        'steps before and refuse fewer; implicit methods have `"predictive"` (Gustafsson\'s) too, their default',
     ),
     "pcoeff": Option(_ADAPTIVE, "proportional part of the controller; see `controller`"),
     "icoeff": Option(_ADAPTIVE, "integral part"),
@@ -52,4 +58,13 @@ OPTIONS = {
     "grid_constructor": Option(_FIXED, "`f(func, y0, t)` returns the ends of the steps"),
     "interp": Option(_FIXED, '`"linear"` (default) or `"cubic"`, between the ends of steps'),
     "perturb": Option(_FIXED, "evaluate just inside the ends of a step"),
+    "max_order": Option(
+        _ADAMS, "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12"
+    ),
+    "max_iters": Option(
+        ("implicit", *_ADAMS),
+        "iterations of Newton's method for a stage, default 100, of adaptive methods 10; of Adams methods: corrections "
+        "of a step that need not halve, default 4",
+    ),
+    "solver": Option(_SCIPY, '`"LSODA"` (default), `"RK45"`, `"RK23"`, `"DOP853"`, `"Radau"` or `"BDF"`'),
 }

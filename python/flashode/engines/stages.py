@@ -1,0 +1,407 @@
+"""The stages of implicit Runge-Kutta methods: Newton's method, and the gradients of what it finds.
+
+HW stands for Hairer and Wanner, *Solving Ordinary Differential Equations II*, 2nd edition, 1996. The
+unknowns are the slopes ``K`` of one stage, or of all where the stages are coupled:
+
+    F_i(K) = K_i - f(t_i, base_i + dt sum_j a_ij K_j) = 0.
+
+In slopes rather than states, a stage of a stiff field is as accurate as the state that it makes. Everything
+in here is real and flat: a complex state counts as its real and imaginary parts, for a field need not be
+analytic; 16-bit states are solved for in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import transforms
+from ..errors import ArgumentError
+from .element import combine, weighted_sum, wide
+from .krylov import Inverse, gmres
+
+# Up to so many unknowns the Jacobian is a matrix, and factorised. Beyond, only products with it are made.
+DENSE_LIMIT = 1024
+# Rows of the Jacobian computed at a time.
+_ROWS = 256
+# The error that Newton's method leaves, in tolerances (HW IV.8).
+_KAPPA = 0.03
+# Part of the residual that GMRES leaves in an iteration of Newton's method.
+_FORCING = 1e-3
+
+
+class Unsolved(Exception):
+    """The equations of a stage could not be solved: ``residual`` is the last change that Newton's method made
+    to the state, relative to the state or to the tolerance; ``values`` are non-finite slopes, if it met any."""
+
+    def __init__(self, residual: float, values: torch.Tensor | None = None):
+        self.residual, self.values = residual, values
+
+
+def to_real(x: torch.Tensor) -> torch.Tensor:
+    """A state as a flat real tensor of at least single precision."""
+    return torch.view_as_real(x).reshape(-1) if x.is_complex() else wide(x).reshape(-1)
+
+
+def from_real(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_real`, for a state like another."""
+    return _shaped(x, like).to(like.dtype)
+
+
+def _shaped(x, like):
+    """A flat real change of a state in the shape of one, in at least single precision."""
+    return torch.view_as_complex(x.reshape(*like.shape, 2)) if like.is_complex() else x.reshape(like.shape)
+
+
+class Stages:
+    """Takes the steps of an implicit method for a `reference.Run`."""
+
+    def __init__(self, run):
+        self.run, self.tableau = run, run.p.method.tableau
+        if reason := transforms.active():
+            raise ArgumentError(
+                f"method={run.p.method.name!r} differentiates func by torch.autograd inside the solve, and {reason}; "
+                "take an explicit method such as 'dopri5', or torch.autograd outside"
+            )
+        self.is_probed = False  # whether slopes without a graph have been looked into
+        self.linear = self.matrix = self.matrix_of = None
+
+    @property
+    def repeatable(self):
+        """Whether a step must depend on nothing before it, to be taken again: then all is solved for to
+        rounding, as fixed steps are in any case."""
+        run = self.run
+        return not run.p.adaptive or run.replaying or run.recording is not None
+
+    def step(self, f0, t1, dt, shift1):
+        """All stages from ``(t0, y0)`` to ``t1``; returns the slopes and the candidate ``y1``."""
+        run, p, a = self.run, self.run.p, self.run.a
+        signed_dt = p.direction * dt
+        if shift1 is not None:
+            signed_dt = signed_dt + p.direction * (shift1 - run.shift0)
+        # No Jacobian is kept for the next step. A new one costs no call of the field, which is evaluated at the
+        # first iterate anyhow, and saves a tenth of all calls (Robertson, van der Pol).
+        self.linear = None
+
+        def equations(stages, bases, coupling):
+            times, nudges, shifts = zip(*(run.stage_place(i, t1, dt, shift1) for i in stages))
+            return Equations(run, times, nudges, shifts, bases, coupling, signed_dt)
+
+        s = self.tableau.stages
+        if self.tableau.coupled:
+            guess = to_real(run.y0.detach()).new_zeros(s, 1) * to_real(run.y0.detach())
+            k = self.solve(equations(range(s), [run.y0] * s, a), guess)
+        else:
+            k = [] if f0 is None else [f0]
+            for i in range(len(k), s):
+                base = combine(run.y0, k, [a_ij * signed_dt for a_ij in a[i][:i]])
+                guess = to_real(self.extrapolated(k, i))[None]
+                k += self.solve(equations([i], [base], [[a[i][i]]]), guess)
+        return k, combine(run.y0, k, [b_j * signed_dt for b_j in run.b])
+
+    def extrapolated(self, k, i):
+        """The slope of a stage as the polynomial through those of up to three stages nearest to it has it."""
+        if not k:
+            return torch.zeros_like(self.run.y0)
+        c, nodes = self.run.c, []
+        for j in sorted(range(i), key=lambda j: (abs(c[j] - c[i]), -j)):
+            if len(nodes) < 3 and all(c[j] != c[n] for n in nodes):
+                nodes.append(j)
+        weights = [math.prod((c[i] - c[n]) / (c[j] - c[n]) for n in nodes if n != j) for j in nodes]
+        return weighted_sum([k[j].detach() for j in nodes], weights)
+
+    def solve(self, equations, guess):
+        """The slopes of these stages, with their graph where gradients are recorded."""
+        K = self.newton(equations, guess)
+        if equations.wants_graph:
+            K = equations.corrected(K)
+        return [from_real(k_i, equations.like) for k_i in K]
+
+    def newton(self, equations, K):
+        """The slopes as values. The matrix stays while it serves (HW IV.8); where it does not, it is made
+        anew at every iterate, and a step that leads further away is halved."""
+        before = step = None
+        last, age, eta = math.inf, 2, 1.0
+        for _ in range(self.run.p.max_iters):
+            renews = self.linear is None
+            values, linear = equations.slopes(K, renews)
+            exact = self.repeatable or equations.wants_graph
+            size, finite = math.nan, bool(torch.isfinite(values).all())
+            if finite:
+                age = 0 if renews else age + 1
+                self.linear = linear or self.linear
+                change = self.matrix_for(equations).solve(values - K)
+                size, stalled = self.size(equations, K, change, exact)
+            if not size < last:
+                if before is None:
+                    raise Unsolved(math.inf, None if finite else values)
+                if finite and stalled:
+                    return K
+                if age > 1:  # once more from where the last step began, with the matrix of that place
+                    self.linear, K, before, last = None, before, None, math.inf
+                else:
+                    step = step / 2
+                    K = before + step
+                continue
+            if before is not None:
+                theta = size / last
+                eta = theta / (1 - theta) if theta < 1 else 1.0
+            if eta * size <= 1 or (before is not None and stalled and theta > 0.3 and age < 2):
+                return K + change
+            if before is not None and eta * size * theta**2 > 1:
+                self.linear = None  # more than two iterations to come
+            before, step, last = K, change, size
+            K = K + change
+        raise Unsolved(self.relative(equations, K, step), None if finite else values)
+
+    def matrix_for(self, equations):
+        key = equations.steps.tolist()
+        if self.matrix is None or self.matrix_of != (id(self.linear), key):
+            self.matrix, self.matrix_of = equations.matrix(self.linear), (id(self.linear), key)
+        return self.matrix
+
+    def size(self, equations, K, change, exact):
+        """A change of the slopes, where 1 is small enough to be the last; and whether it is so small
+        that rounding may keep it from getting smaller."""
+        if not exact:
+            return self.relative(equations, K, change) / _KAPPA, False
+        eps = torch.finfo(equations.like.dtype).eps
+        part = _part(equations, K, change)
+        stalled = part <= max(16 * eps, eps**0.75)
+        return part / (4 * eps), stalled or (
+            self.run.p.adaptive and self.relative(equations, K, change) <= _KAPPA
+        )
+
+    def relative(self, equations, K, change):
+        """What a change of the slopes does to the states: in tolerances, for fixed steps in parts of the state."""
+        if not self.run.p.adaptive:
+            return _part(equations, K, change)
+        return max(self.run.in_tolerances(_shaped(z, equations.like)) for z in equations.steps @ change)
+
+
+def _part(equations, K, change):
+    moved = (equations.steps @ change).abs().max() if change.numel() else change.new_zeros(())
+    size = equations.states(K).abs().max() if change.numel() else moved
+    return (moved / size).item() if moved else 0.0
+
+
+class Equations:
+    """The equations of ``m`` stages; ``a`` couples them, ``bases`` are what is known of their states."""
+
+    def __init__(self, run, times, nudges, shifts, bases, a, dt):
+        self.run, self.times, self.nudges, self.shifts = run, times, nudges, shifts
+        self.bases, self.a, self.dt = bases, a, dt
+        self.like = run.y0
+        self.real_bases = [to_real(base) for base in bases]
+        self.known = [base.detach() for base in self.real_bases]
+        number = self.known[0]
+        self.steps = number.new_tensor(a) * (dt.detach().to(number) if isinstance(dt, torch.Tensor) else dt)
+        moves = any(shift is not None for shift in shifts) or any(base.requires_grad for base in bases)
+        self.wants_graph = torch.is_grad_enabled() and moves
+
+    def states(self, K):
+        """The states of the stages, without a graph."""
+        return torch.stack(self.known) + self.steps @ K
+
+    def slopes(self, K, linearised: bool):
+        """The field at every stage; with its linearisations there, or None."""
+        values, linear = [], []
+        for i, y in enumerate(self.states(K)):
+            if linearised:
+                value, tangent = self.linearise(i, y)
+                linear.append(tangent)
+            else:
+                value = self.run.call(self.times[i], from_real(y, self.like), None, self.nudges[i])
+                self.wants_graph |= torch.is_grad_enabled() and value.requires_grad
+            values.append(to_real(value.detach()))
+        return torch.stack(values), linear
+
+    def linearise(self, i, y):
+        """The field at one stage, and its linearisation."""
+        recorded = torch.is_grad_enabled()
+        # In inference mode nothing could be differentiated, and its tensors are no part of any graph.
+        with torch.inference_mode(False), torch.enable_grad():
+            y = y.clone().requires_grad_()
+            # A copy is shown: the field may write into it.
+            value = self.run.call(self.times[i], from_real(y.clone(), self.like), None, self.nudges[i])
+            real = to_real(value)
+            self.wants_graph |= recorded and _reaches_beyond(real, y)
+            return value, self.tangent(i, real, y)
+
+    def tangent(self, i, value, y):
+        """The linearisation of ``value`` in ``y``, from the graph between them."""
+        tangent_of = Jacobian if self.is_small else Products
+        found = tangent_of.of(value, y) if value.requires_grad else None
+        if found is None and not self.run.stages.is_probed:
+            self.probe(i, value.detach(), y.detach())
+        return found or Zero(y)
+
+    def probe(self, i, value, y):
+        """Refuses a field whose slopes change with y though their graph does not reach it."""
+        eps = torch.finfo(self.like.dtype).eps
+        moved = y + eps**0.5 * (1 + y.abs())
+        there = self.run.call(self.times[i], from_real(moved, self.like), None, self.nudges[i])
+        if not torch.equal(to_real(there.detach()), value):
+            raise ArgumentError(
+                f"method={self.run.p.method.name!r} solves for its stages by derivatives of func, and what func "
+                "returned has none in y: its graph was cut (no_grad, detach, NumPy, .item()); write func in "
+                "differentiable operations of torch, or take an explicit method such as 'dopri5'"
+            )
+        self.run.stages.is_probed = True
+
+    @property
+    def is_small(self):
+        return len(self.known) * self.known[0].numel() <= DENSE_LIMIT
+
+    def matrix(self, linear):
+        """``dF/dK`` where the field's linearisations are these, one for each stage or one for all."""
+        return (DenseMatrix if self.is_small else FreeMatrix)(linear, self.steps)
+
+    def corrected(self, K):
+        """``K`` with its graph, exact for first and second derivatives.
+
+        A step of Newton's method with the exact matrix, held constant, has the value of the solution and its
+        first derivative, by the implicit function theorem; a second step has the second derivative too.
+        """
+        matrix = None
+        for _ in range(2):
+            values, linear = [], []
+            for i, base in enumerate(self.real_bases):
+                y = base + weighted_sum(K, [a_ij * self.dt for a_ij in self.a[i]])
+                if not y.requires_grad:
+                    y.requires_grad_()
+                shown = from_real(y.clone(), self.like)
+                value = to_real(self.run.call(self.times[i], shown, self.shifts[i], self.nudges[i]))
+                values.append(value)
+                if matrix is None:
+                    linear.append(self.tangent(i, value, y))
+            matrix = matrix or self.matrix(linear)
+            K = K - matrix.inverse(K - torch.stack(values))
+        return K
+
+
+# ---- linearisations of the field at one state ------------------------------------------------
+
+
+class Zero:
+    """Of a field that does not depend on y."""
+
+    def __init__(self, y):
+        self.matrix = y.new_zeros(()).expand(len(y), len(y))
+
+    def product(self, v):
+        return torch.zeros_like(v)
+
+    transposed_product = product
+
+
+class Jacobian:
+    """All of it, from as many vector-Jacobian products as it has rows."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    @staticmethod
+    def of(value, y):
+        """None where y is not behind value."""
+        if not len(y):
+            return Jacobian(y.new_zeros(0, 0))
+        rows = []
+        for cotangents in torch.eye(len(y), dtype=y.dtype, device=y.device).split(_ROWS):
+            try:
+                row = _vjp(value, y, cotangents, is_grads_batched=True)
+            except RuntimeError:  # an operation of the field's has no rule for batches
+                found = [_vjp(value, y, cotangent) for cotangent in cotangents]
+                row = None if found[0] is None else torch.stack(found)
+            if row is None:
+                return None
+            rows.append(row)
+        return Jacobian(torch.cat(rows))
+
+
+class Products:
+    """Products with it and its transpose. The transposed product is linear in the cotangent: the transpose
+    of that map, by differentiating it in turn, is the product itself."""
+
+    def __init__(self, value, y, cotangent, pulled_back):
+        self.value, self.y, self.cotangent, self.pulled_back = value, y, cotangent, pulled_back
+
+    @staticmethod
+    def of(value, y):
+        """None where y is not behind value."""
+        with torch.inference_mode(False), torch.enable_grad():
+            cotangent = torch.zeros_like(value).requires_grad_()
+            pulled_back = _vjp(value, y, cotangent, create_graph=True)
+        return None if pulled_back is None else Products(value, y, cotangent, pulled_back)
+
+    def product(self, v):
+        moved = _vjp(self.pulled_back, self.cotangent, v) if self.pulled_back.requires_grad else None
+        return torch.zeros_like(v) if moved is None else moved
+
+    def transposed_product(self, w):
+        return _vjp(self.value, self.y, w)
+
+
+def _vjp(value, y, cotangent, **how):
+    (product,) = torch.autograd.grad(value, y, cotangent, retain_graph=True, allow_unused=True, **how)
+    return product
+
+
+def _reaches_beyond(value, y) -> bool:
+    """Whether the graph of ``value`` ends in another tensor than ``y`` that requires grad."""
+    stack, seen = [value.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", y) is not y:
+            return True
+        stack += [after for after, _ in node.next_functions]
+    return False
+
+
+# ---- the matrix of Newton's method -----------------------------------------------------------
+
+
+class DenseMatrix:
+    """``I - dt A x J``, factorised."""
+
+    def __init__(self, linear, steps):
+        m, n = len(steps), linear[0].matrix.shape[-1]
+        jacobians = torch.stack([tangent.matrix for tangent in linear]).expand(m, n, n)
+        blocks = -steps[:, :, None, None] * jacobians[:, None]
+        matrix = torch.eye(m * n, dtype=steps.dtype, device=steps.device)
+        matrix = matrix + blocks.transpose(1, 2).reshape(m * n, m * n)
+        self.factors = torch.linalg.lu_factor_ex(matrix)[:2]
+
+    def inverse(self, b):
+        return torch.linalg.lu_solve(*self.factors, b.reshape(-1, 1)).reshape(b.shape)
+
+    solve = inverse
+
+
+class FreeMatrix:
+    """``I - dt A x J`` as products."""
+
+    def __init__(self, linear, steps):
+        self.linear, self.steps = linear * len(steps) if len(linear) == 1 else linear, steps
+
+    def product(self, flat):
+        x = flat.reshape(len(self.steps), -1)
+        moved = [tangent.product(v) for tangent, v in zip(self.linear, self.steps @ x)]
+        return (x - torch.stack(moved)).reshape(-1)
+
+    def transposed_product(self, flat):
+        w = flat.reshape(len(self.steps), -1)
+        pulled = torch.stack([tangent.transposed_product(v) for tangent, v in zip(self.linear, w)])
+        return (w - self.steps.T @ pulled).reshape(-1)
+
+    def solve(self, b):
+        """To the part of the residual that Newton's method needs."""
+        return gmres(self.product, b.reshape(-1), _FORCING)[0].reshape(b.shape)
+
+    def inverse(self, b):
+        """To rounding, differentiable."""
+        return Inverse.apply(b.reshape(-1), self, False).reshape(b.shape)
