@@ -417,3 +417,9 @@ def test_arguments_of_the_field_get_gradients():
     )  # fmt: skip
     (grad,) = torch.autograd.grad(ys[-1].sum(), w)
     assert abs(grad + math.exp(-0.7)) < 1e-6
+
+
+def test_a_single_time_is_the_start_whatever_the_solver_takes():
+    y0 = torch.ones(2, dtype=torch.complex64)
+    y = flashode.odeint(lambda t, y: 1j * y, y0, torch.tensor([0.5]), method="scipy_solver")
+    assert torch.equal(y, y0[None])

@@ -8,7 +8,7 @@ from collections import deque
 
 import torch
 
-from ..methods.adams import LEAST_SLOPES, MOST_AMPLIFICATION, amplification, weights, weights_of
+from ..methods.adams import LEAST_SLOPES, amplification, most_amplification, weights, weights_of
 from ..problem import Problem
 from ..transforms import require_readable
 from .element import combine, scaled_error, weighted_sum, wide
@@ -36,6 +36,7 @@ class AdamsRun(Run):
         super().__init__(problem)
         # (time, the zero that carries its gradient or None, slope), newest first.
         self.history = deque(maxlen=max(1, problem.max_order - 1))
+        self.most_amplification = most_amplification(torch.finfo(problem.y0.dtype).eps)
 
     def rk_step(self, f0, t1, dt, shift1):
         """A step from ``(t0, y0)`` to ``t1``; returns ``f0`` and the mean slope, and the candidate ``y1``."""
@@ -65,7 +66,7 @@ class AdamsRun(Run):
         # of weights.
         rounding = min(1e-6, 4 * sys.float_info.epsilon * max(abs(t1), abs(self.history[-1][0])) / dt)
         nodes = tuple(whole_within(rounding, (t - self.t0) / dt) for t, _, _ in self.history)
-        while len(nodes) >= LEAST_SLOPES and amplification(nodes) > MOST_AMPLIFICATION:
+        while len(nodes) >= LEAST_SLOPES and amplification(nodes) > self.most_amplification:
             nodes = nodes[:-1]
             self.history.pop()
         return nodes if len(nodes) >= LEAST_SLOPES else None

@@ -78,7 +78,7 @@ class Run:
     def check(self):
         """Refuses what SciPy would, in words of its own."""
         p = self.p
-        if p.y0.is_complex() and p.solver in _REAL_ONLY:
+        if p.y0.is_complex() and p.solver in _REAL_ONLY and len(p.times) > 1:
             raise ArgumentError(
                 f"options['solver'] = {p.solver!r} takes no complex states; take 'RK45', 'RK23', 'DOP853' or 'BDF'"
             )

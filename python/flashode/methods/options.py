@@ -59,7 +59,9 @@ OPTIONS = {
     "interp": Option(_FIXED, '`"linear"` (default) or `"cubic"`, between the ends of steps'),
     "perturb": Option(_FIXED, "evaluate just inside the ends of a step"),
     "max_order": Option(
-        _ADAMS, "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12"
+        _ADAMS,
+        "most that the order grows to, from 4 to 12; below 4 it is `rk4`; default 12. Single precision is "
+        "fit for 6, lower precision for 4: higher orders would make the rounding of slopes count",
     ),
     "max_iters": Option(
         ("implicit", *_ADAMS),
