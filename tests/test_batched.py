@@ -154,6 +154,17 @@ def test_the_size_of_batch_mates_does_not_floor_a_tolerance(engine):
     torch.testing.assert_close(batch[-1].float(), y0.float() / math.e, rtol=0.02, atol=0)
 
 
+def test_threads_change_no_bit(native):
+    y0, t = start(5000, torch.float32), times(0.0, 0.5)
+    call = {"rtol": 1e-4, "atol": 1e-4, "options": BATCHED, "engine": native}
+    alone = odeint(oscillator, y0, t, **call)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(odeint(oscillator, y0, t, **call), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_native_engine_gives_one_sample_the_bits_of_a_plain_solve(native):
     for width in (2, 20, 1500):
         y0, t = start(1, width=width), times(0.0, 0.4, 1.0)

@@ -233,8 +233,8 @@ Tally commit(const Batch&, void* y0, void* f0, const void* y1, const Terms& k, c
 
 namespace cuda {
 
-// The same, queued on `stream`. Tally are written to `tally`, which may lie in pinned host memory,
-// when all before it is done; `scratch` is three zeros, and is left so.
+// The same, queued on `stream`. The tally, which may lie in pinned host memory, is written when the
+// operation is done; `scratch` is three zeros, and is left so.
 int stage(const Batch&, const void* y0, const Terms& k, const Sum&, const StageTimes&, void* out,
           void* stream);
 int probe(const Batch&, const void* y0, const void* f0, unsigned* scratch, Tally* tally,
