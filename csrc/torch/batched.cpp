@@ -190,7 +190,7 @@ Terms Run::slopes() const {
   return terms;
 }
 
-// One operation on the device of the state; what it tally is the one wait of a step.
+// One operation on the device of the state; its tally is the one wait of a step.
 template <class OnCpu, class OnCuda>
 Tally Run::run(const OnCpu& on_cpu, [[maybe_unused]] const OnCuda& on_cuda) {
   const at::Tensor& like = field_->like;
