@@ -9,6 +9,7 @@ import contextlib
 import copy
 import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -102,6 +103,52 @@ def decay(name, n, end, bound, device, moved=None, **call) -> Contest:
         func=lambda t, y: -y,
         at=(t[0], y0),
         moved=moved,
+    )
+
+
+class Oscillators(torch.nn.Module):
+    """van der Pol's equation, mu = 2, for a batch."""
+
+    def forward(self, t, y):
+        x, v = y.unbind(-1)
+        return torch.stack([v, 2 * (1 - x * x) * v - x], -1)
+
+
+def with_torchode(y0, t, tolerance) -> dict[str, Callable]:
+    """torchode, where it is installed: ``pip install --no-deps torchode==1.0.1 torchtyping typeguard==2.13.3``."""
+    try:
+        import torchode
+    except ImportError:
+        print("  torchode is not installed: left out", file=sys.stderr)
+        return {}
+    t = t.expand(len(y0), -1).contiguous()
+
+    def run(func):
+        term = torchode.ODETerm(func)
+        control = torchode.IntegralController(atol=tolerance, rtol=tolerance, term=term)
+        solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
+        return solver.solve(torchode.InitialValueProblem(y0=y0, t_eval=t)).ys.transpose(0, 1)
+
+    return {"torchode": run}
+
+
+def batched(device, quick) -> Iterator[Contest]:
+    """Oscillators with steps of their own (torchode's benchmark): one cycle, 200 outputs. torchdiffeq takes
+    the same steps for all."""
+    (y0,) = random(10, 1, 32 if quick else 256, 2, device=device)
+    t, tolerance, func = torch.linspace(0, 7.63, 200, device=device), 1e-5, Oscillators()
+    call = {"rtol": tolerance, "atol": tolerance}
+    yield Contest(
+        f"batched B={len(y0)}",
+        contestants={
+            "torchdiffeq": lambda f: torchdiffeq.odeint(f, y0, t, **call),
+            **with_torchode(y0, t, tolerance),
+            "native": lambda f: flashode.odeint(f, y0, t, options={"batched": True}, engine="native", **call),
+        },
+        truth=lambda: torchdiffeq.odeint(func, y0.double(), t.double(), rtol=1e-10, atol=1e-12),
+        bound=2e-3,  # what the shared norm of torchdiffeq leaves some samples with
+        func=func,
+        at=(t[0], y0),
     )
 
 
@@ -306,6 +353,7 @@ def stage(device, quick) -> Iterator[Contest]:
 CASES = {
     "spiral": spiral,
     "steps": steps,
+    "batched": batched,
     "train": train,
     "parameters": parameters,
     "large": large,

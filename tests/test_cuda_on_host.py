@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from ctypes import c_bool, c_char, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_bool, c_char, c_char_p, c_double, c_int, c_int64, c_uint, c_uint64, c_void_p
 from itertools import accumulate
 from pathlib import Path
 
@@ -50,12 +50,20 @@ TRANSLATION = [
 ]
 
 
-def translated(source):
-    for pattern, replacement in TRANSLATION:
-        source, found = re.subn(pattern, replacement, source)
-        assert found, f"cuda.cu no longer has {pattern!r}: change the translation with it"
-    assert "<<<" not in source and "__shared__" not in source
-    return f'#line 1 "{KERNELS / "cuda.cu"}"\n{source}'
+CUDA_SOURCES = ["cuda_block.h", "cuda.cu", "cuda_batched.cu"]
+
+
+def translate(folder):
+    """Writes the CUDA sources into a folder, their launches turned into calls of the emulator."""
+    unused = {pattern for pattern, _ in TRANSLATION}
+    for name in CUDA_SOURCES:
+        source = (KERNELS / name).read_text()
+        for pattern, replacement in TRANSLATION:
+            source, found = re.subn(pattern, replacement, source)
+            unused -= {pattern} if found else set()
+        assert "<<<" not in source and "__shared__" not in source
+        (folder / name).write_text(f'#line 1 "{KERNELS / name}"\n{source}')
+    assert not unused, f"the CUDA sources no longer have {unused}: change the translation with them"
 
 
 class Operands(ctypes.Structure):
@@ -83,6 +91,22 @@ class Control(ctypes.Structure):
     ]
 
 
+class BatchOperands(ctypes.Structure):
+    """driver.cpp's struct of the same name."""
+
+    _fields_ = (
+        [("dtype", c_int), ("stages", c_int)]
+        + [(name, c_int64) for name in ("count", "outputs", "members", "width", "widest", "caller")]
+        + [("reals", c_void_p), ("wholes", c_void_p), ("times", c_void_p), ("offsets", c_void_p)]
+        + [("steps", c_void_p), ("each_rtol", c_void_p), ("rtol", c_double), ("atol", c_double)]
+        + [("control", Control), ("scratch", c_void_p)]
+    )
+
+
+class Tally(ctypes.Structure):
+    _fields_ = [("running", c_uint), ("inside", c_uint)]
+
+
 class Decision(ctypes.Structure):
     _fields_ = [("error_ratio", c_double), ("next_dt", c_double), ("accepted", c_int)]
 
@@ -91,10 +115,10 @@ class Decision(ctypes.Structure):
 def host(tmp_path_factory):
     """The kernels of both devices as a library."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
-    (folder / "translated.cu").write_text(translated((KERNELS / "cuda.cu").read_text()))
+    translate(folder)
     flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", f"-I{HERE}", f"-I{folder}", f"-I{KERNELS}"]
-    objects = [folder / "driver.o", folder / "cpu.o"]
-    sources = [HERE / "driver.cpp", KERNELS / "cpu.cpp"]
+    objects = [folder / name for name in ("driver.o", "cpu.o", "cpu_batched.o")]
+    sources = [HERE / "driver.cpp", KERNELS / "cpu.cpp", KERNELS / "cpu_batched.cpp"]
     compilers = [
         subprocess.Popen(["g++", *flags, "-c", source, "-o", target], stderr=subprocess.PIPE, text=True)
         for source, target in zip(sources, objects)
@@ -129,6 +153,15 @@ def host(tmp_path_factory):
     library.widen_all.argtypes = library.narrow_all.argtypes = c_int, c_void_p, c_void_p, c_int64
     library.round_times.argtypes = c_int, c_void_p, c_int, c_void_p, c_int64
     library.sum_twice.argtypes = c_void_p, c_void_p
+    for name, pointers in (
+        ("stage", 5),
+        ("probe", 2),
+        ("first_trials", 3),
+        ("begin", 0),
+        ("judge", 5),
+        ("commit", 7),
+    ):
+        getattr(library, f"batch_{name}").argtypes = c_bool, c_void_p, *[c_void_p] * pointers
     return library
 
 
@@ -691,3 +724,128 @@ def test_times_round_as_torch_rounds_them(host, dtype, nudge):
         with np.errstate(all="ignore"):
             toward = np.float16(nudge * math.inf)
             same(result, torch.from_numpy(np.nextafter(t.to(dtype).numpy(), toward)).double())
+
+
+# ---- batches of samples solved on their own --------------------------------------------------
+
+REALS = ["t0", "t1", "size", "step", "dt", "error_ratio", "past0", "past1", "direction", "low", "high"]
+WHOLES = ["sample", "filled", "accepted", "rejected", "trials", "status", "cause", "verdict"]
+RUNNING = -1
+
+
+class Device:
+    """A batch in the memory of one device: every step of a solve, on the CPU or on the emulator."""
+
+    def __init__(self, host, gpu, dtype, widths, count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.host, self.gpu, self.dtype, self.count = host, gpu, dtype, count
+        width = sum(widths)
+        self.y0, self.y1, self.f0, self.f1, *self.k = (
+            guarded(torch.randn(count * width, generator=generator).to(dtype)) for _ in range(9)
+        )
+        self.k[0] = self.f0
+        self.reals = guarded(torch.full((len(REALS) * count,), math.nan, dtype=torch.float64)).view(-1, count)
+        self.wholes = guarded(torch.zeros(len(WHOLES) * count, dtype=torch.int64)).view(-1, count)
+        caller = count + 3  # the first three samples have left the batch
+        self.times = torch.linspace(0, 2, 9, dtype=torch.float64) * torch.arange(1, caller + 1)[:, None]
+        self.times = guarded(self.times.flatten()).view(caller, 9)
+        draws = torch.rand(count, dtype=torch.float64, generator=generator)
+        of = self.real
+        of("t0")[:], of("dt")[:], of("direction")[:] = 0.1 * draws, 0.5 * draws, (draws > 0.5) * 2.0 - 1
+        of("low")[:], of("high")[:], of("step")[:] = 0.0, self.times[3:, -1], 0.0
+        of("past0")[:], of("past1")[:] = 0.5, 0.25
+        self.whole("sample")[:], self.whole("filled")[:] = torch.arange(3, caller), 1
+        self.whole("status")[:] = RUNNING
+        self.whole("status")[::5] = 0
+        self.whole("cause")[:] = 2
+        self.whole("trials")[1::7] = 10  # one more is allowed
+        scale = torch.exp2(torch.randint(-9, 3, (count,), generator=generator).float())  # of the slopes
+        self.k = [guarded((k.float() * self.of_elements(scale, widths)).to(dtype)) for k in self.k]
+        self.f0 = self.k[0]
+        self.k[3][width // 2 :: 7 * max(width, 1)] = math.nan
+        self.ys = guarded(torch.zeros(9 * caller * width, dtype=dtype))
+        self.out, self.t = (Target(dtype, n) for n in (count * width, count))
+        self.offsets = guarded(torch.tensor([0, *accumulate(widths)]))
+        self.each = guarded(torch.rand(count * width, generator=generator).to(wide(dtype)) * 1e-2)
+        short = not gpu and max(widths) < 16
+        self.steps = guarded(torch.zeros(count * width, dtype=torch.float64)) if short else None
+        self.scratch = guarded(torch.zeros(3, dtype=torch.int32))
+        self.weights = torch.linspace(-1, 1, len(self.k), dtype=torch.float64)
+        self.dense = torch.randn(4, len(self.k), dtype=torch.float64, generator=generator)
+        self.pointers = (c_void_p * MAX_TERMS)(*(k.data_ptr() for k in self.k))
+        self.operands = BatchOperands(
+            dtype=DTYPES.index(dtype), stages=len(self.k), count=count, outputs=9, members=len(widths), width=width,
+            widest=max(widths), caller=caller, reals=self.reals.data_ptr(), wholes=self.wholes.data_ptr(),
+            times=self.times.data_ptr(), offsets=self.offsets.data_ptr(), steps=short and self.steps.data_ptr() or None,
+            each_rtol=self.each.data_ptr(), rtol=0.0, atol=1e-3,
+            control=Control(5, 0.9, 10.0, 0.2, 0.0, 2.0, (0.49, -0.34, 0.1)), scratch=self.scratch.data_ptr(),
+        )  # fmt: skip
+
+    def real(self, name):
+        return self.reals[REALS.index(name)]
+
+    def whole(self, name):
+        return self.wholes[WHOLES.index(name)]
+
+    def of_elements(self, values, widths):
+        return torch.cat([values.repeat_interleave(width) for width in widths])
+
+    def __call__(self, operation, *arguments):
+        tally = Tally()
+        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        addresses = [a.address if isinstance(a, Target) else a for a in addresses]
+        error = getattr(self.host, f"batch_{operation}")(
+            self.gpu, ctypes.byref(self.operands), *addresses, ctypes.byref(tally)
+        )
+        succeed(self.host, error)
+        assert not self.scratch.any(), "the counters are not left at zero"
+        written = [self.reals, self.wholes, self.y0, self.f0, self.ys, self.out.written(), self.t.written()]
+        return [x.clone() for x in written], (tally.running, tally.inside)
+
+    def solve(self):
+        """What is there after every operation of a step."""
+        k = ctypes.cast(self.pointers, c_void_p)
+        yield self("probe", self.y0, self.f0)
+        yield self("stage", self.y0, k, self.weights, self.out, self.t)
+        yield self("first_trials", self.y0, self.f0, self.f1)
+        yield self("begin")
+        for _ in range(3):
+            yield self("stage", self.y0, k, self.weights, self.out, self.t)
+            yield self("judge", self.y0, self.y1, k, self.weights, 1)
+            yield self("stage", self.y0, k, self.weights, self.out, self.t)
+            yield self("commit", self.y0, self.f0, self.y1, k, self.f1, self.dense, self.ys)
+
+
+@by_dtype
+@pytest.mark.parametrize("widths", [(2,), (1, 0, 3), (40,), (100, 3)], ids=str)
+def test_batches_take_the_same_steps_on_both_devices(host, dtype, widths):
+    """To the last bit where a sample is one thread's; where it is a block's, sums have their own order."""
+    for count, seed in ((1, 0), (33, 1), (70, 2)):
+        host.schedule(seed, MAX_BLOCKS[seed])
+        exact = max(widths) < 16
+        on_cpu, on_gpu = (Device(host, gpu, dtype, widths, count, seed) for gpu in (False, True))
+        for (ours, our_tally), (theirs, their_tally) in zip(on_gpu.solve(), on_cpu.solve()):
+            assert our_tally == their_tally
+            assert torch.equal(ours[1], theirs[1])
+            for x, y in zip(ours, theirs):
+                if exact or x.dtype == torch.int64:
+                    assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+                else:
+                    bound = 1e-12 if x.dtype == torch.float64 else 4 * torch.finfo(x.dtype).eps
+                    torch.testing.assert_close(x, y, rtol=bound, atol=bound, equal_nan=True)
+        if count > 1:
+            statuses = set(on_gpu.whole("status").tolist())
+            assert {RUNNING, 0, 1} <= statuses and on_gpu.whole("accepted").max() > 0 < on_gpu.whole(
+                "rejected"
+            ).max()
+
+
+def test_a_sample_has_the_same_bits_in_every_batch_on_a_gpu(host):
+    for widths in ((2,), (100,)):
+        results = []
+        for count, seed, blocks in ((40, 5, 1), (40, 6, 3), (40, 7, 1056)):
+            host.schedule(seed, blocks)
+            *_, (last, _) = Device(host, True, torch.float32, widths, count, 11).solve()
+            results.append(last)
+        for other in results[1:]:
+            assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(results[0], other))

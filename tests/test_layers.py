@@ -23,9 +23,10 @@ LAYERS = [
     ["solution"],
     ["engines/element", "engines/krylov"],
     ["engines/stages"],
-    ["dense", "engines/reference_events"],
+    ["batched", "dense", "engines/reference_events"],
     ["engines/reference", "engines/native"],
     ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/scipy_solver"],
+    ["engines/reference_batched", "engines/native_batched"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart", "adjoint/first_only"],
     ["adjoint/reached"],
@@ -60,6 +61,7 @@ TWINS = {
     "python/flashode/control.py": "csrc/kernels/control.h",
     "python/flashode/engines/reference.py": "csrc/torch/driver.cpp",
     "python/flashode/engines/reference_sweep.py": "csrc/torch/sweep.cpp",
+    "python/flashode/engines/reference_batched.py": "csrc/torch/batched.cpp",
 }
 
 
@@ -152,6 +154,8 @@ def test_twins_have_the_same_functions_in_the_same_order(python, cpp):
         "reference_sweep.py": {"outcome", "evaluate", "error_norm", "first_step", "begin", "adj_with", "rk_step",
                                "landing", "cancel", "adaptive_step", "jumps_in", "fixed_step", "pull_back",
                                "states_at", "arrive", "distance"},
+        "reference_batched.py": {"outcome", "call", "first_step", "begin_trials", "rk_step", "judge", "extend", "commit",
+                                 "set_aside", "compact"},
     }[Path(python).name]  # fmt: skip
     assert expected <= set(shared)
     in_order = [name for name in ours if name in expected and name not in ("solve", "clamp_step")]

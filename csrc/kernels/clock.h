@@ -8,30 +8,34 @@
 
 namespace flashode {
 
-// The neighbour of a 16-bit float, one step up or down the line of its values. Not for infinities:
-// beyond them lie the NaNs.
-inline uint16_t next_bits(uint16_t bits, int nudge) {
-  if ((bits & 0x7fff) == 0) return nudge > 0 ? 0x0001 : 0x8001;
-  const bool negative = bits & 0x8000;
-  return uint16_t(bits + ((nudge > 0) != negative ? 1 : -1));
+// The neighbour of a float, one step up or down the line of its values. Not for infinities: beyond
+// them lie the NaNs.
+template <class Bits>
+FLASHODE_HD Bits next_bits(Bits bits, int nudge) {
+  constexpr Bits sign = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
+  if (Bits(bits & Bits(~sign)) == 0) return nudge > 0 ? Bits(1) : Bits(sign | 1);
+  const bool negative = bits & sign;
+  return Bits(bits + ((nudge > 0) != negative ? 1 : -1));
+}
+FLASHODE_HD float next_value(float x, int nudge) { return float_of(next_bits(bits_of(x), nudge)); }
+FLASHODE_HD double next_value(double x, int nudge) { return double_of(next_bits(bits_of(x), nudge)); }
+FLASHODE_HD Half next_value(Half x, int nudge) { return {next_bits(x.bits, nudge)}; }
+FLASHODE_HD BFloat16 next_value(BFloat16 x, int nudge) { return {next_bits(x.bits, nudge)}; }
+
+// t in the dtype of T; `nudge` -1 and +1 take the value just before or after it.
+template <class T>
+FLASHODE_HD double round_time(double t, int nudge) {
+  const T x = narrow<T>(wide_t<T>(t));
+  const bool at_limit = double(widen(x)) == (nudge < 0 ? -INFINITY : INFINITY);
+  return double(widen(nudge == 0 || at_limit ? x : next_value(x, nudge)));
 }
 
-// t in the given dtype; `nudge` -1 and +1 take the value just before or after it.
 inline double round_time(double t, int nudge, Dtype dtype) {
-  const double toward = nudge < 0 ? -INFINITY : INFINITY;
   switch (dtype) {
-    case Dtype::f64:
-      return nudge == 0 ? t : std::nextafter(t, toward);
-    case Dtype::f32:
-      return nudge == 0 ? float(t) : std::nextafterf(float(t), float(toward));
-    case Dtype::f16: {
-      const Half x = narrow<Half>(float(t));
-      return widen(nudge == 0 || widen(x) == toward ? x : Half{next_bits(x.bits, nudge)});
-    }
-    default: {
-      const BFloat16 x = narrow<BFloat16>(float(t));
-      return widen(nudge == 0 || widen(x) == toward ? x : BFloat16{next_bits(x.bits, nudge)});
-    }
+    case Dtype::f64: return round_time<double>(t, nudge);
+    case Dtype::f32: return round_time<float>(t, nudge);
+    case Dtype::f16: return round_time<Half>(t, nudge);
+    default: return round_time<BFloat16>(t, nudge);
   }
 }
 

@@ -6,14 +6,13 @@
 #include <cuda_runtime.h>
 
 #include "clock.h"
+#include "cuda_block.h"
 #include "launch.h"
 
 namespace flashode::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kUnroll = 4;          // elements that a thread works on at once: loads in flight
-constexpr int64_t kMaxBlocks = 1056;  // eight on each of the 132 multiprocessors of a Hopper part
 constexpr int kRows = 16;           // rows of coefficients that travel with one launch
 constexpr int kSegments = 64;       // segments that travel with one launch
 
@@ -105,19 +104,6 @@ __global__ void __launch_bounds__(kThreads)
       if (strip.at(u) < n) out[strip.at(u)] = scaled[u];
     }
   }
-}
-
-// Sum over the block, always in the same order. Every thread gets it.
-__device__ double block_sum(double value) {
-  __shared__ double shared[kThreads];
-  __syncthreads();
-  shared[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    __syncthreads();
-  }
-  return shared[0];
 }
 
 // Block (p, y) sums its share of inner product p = row * terms.count + j into a partial sum.
@@ -309,23 +295,6 @@ __global__ void __launch_bounds__(kThreads)
 int64_t blocks_for(int64_t n) {
   const int64_t wanted = (n + kThreads * kUnroll - 1) / (kThreads * kUnroll);
   return wanted < 1 ? 1 : wanted < kMaxBlocks ? wanted : kMaxBlocks;
-}
-
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments... arguments) {
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return cudaGetLastError();
-}
-
-// Calls body with a value of the dtype's storage type.
-template <class Body>
-int for_dtype(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::f32: return body(float());
-    case Dtype::f64: return body(double());
-    case Dtype::f16: return body(Half());
-    default: return body(BFloat16());
-  }
 }
 
 Coefficients coefficients(const double* coef, int64_t rows, int count) {

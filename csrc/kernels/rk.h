@@ -52,6 +52,17 @@ FLASHODE_HD float float_of(uint32_t bits) {
   return x;
 }
 
+FLASHODE_HD uint64_t bits_of(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+FLASHODE_HD double double_of(uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 FLASHODE_HD float widen(float x) { return x; }
 FLASHODE_HD double widen(double x) { return x; }
 FLASHODE_HD float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }

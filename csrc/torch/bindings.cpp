@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "../kernels/launch.h"
+#include "batched.h"
 #include "driver.h"
 #include "shown.h"
 #include "sweep.h"
@@ -62,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("weights"), py::arg("extra_c"), py::arg("extra_a"));
   m.def("solve", &flashode::solve, py::arg("problem"), py::arg("table"), py::arg("interpolant"),
         py::arg("recording"));
+  m.def("solve_batch", &flashode::solve_batch, py::arg("problem"), py::arg("table"),
+        py::arg("interpolant"));
   m.def("replay", &flashode::replay, py::keep_alive<0, 2>(), py::keep_alive<0, 3>(),
         py::arg("problem"), py::arg("table"), py::arg("interpolant"), py::arg("shifts"));
   m.def("sweep", &flashode::sweep, py::arg("augmented"), py::arg("table"), py::arg("interpolant"));

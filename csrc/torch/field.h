@@ -15,33 +15,15 @@
 
 namespace flashode {
 
-class Field {
+// What a field is called with and what it returns, whatever the times are.
+class Exchange {
  public:
-  explicit Field(const py::object& problem)
+  explicit Exchange(const py::object& problem)
       : like(unpack(problem.attr("y0")).contiguous()),
         shapes(shapes_of(problem)),
-        direction(problem.attr("direction").cast<double>()),
         problem_(problem),
         func_(problem.attr("func")),
-        args_(problem.attr("args")),
-        time_bounds_(problem.attr("time_bounds").cast<std::pair<double, double>>()) {}
-
-  // func(t, y) at a forward time; `nudge` -1 and +1 take the last time before and the first after
-  // it. `shift` is a zero that carries the gradient of the time, if any.
-  at::Tensor call(double t, const Shown& y, const at::Tensor& shift, int nudge) {
-    const TimeTarget time = stage_time(t, nudge);
-    if (time.t.defined()) time.t.fill_(time.value);
-    return call_at_stage_time(y, shift);
-  }
-
-  // The same at the time last given by stage_time.
-  at::Tensor call_at_stage_time(const Shown& y, const at::Tensor& shift) {
-    py::object shifted;
-    if (shift.defined()) {
-      shifted = wrap(time_.flat.add(shift.mul(direction).to(time_.flat.options())));
-    }
-    return slope(value_at(shifted ? shifted : time_.argument, y.argument));
-  }
+        args_(problem.attr("args")) {}
 
   // What func returns, as it is.
   py::object value_at(py::handle time, py::handle state) {
@@ -62,31 +44,9 @@ class Field {
     return members.empty() ? unpack(problem_.attr("slope")(value)) : at::cat(members);
   }
 
-  // The time that func sees: rounded once, kept inside the interval. Written here on a CPU; on a
-  // GPU the kernel that makes the state writes it, so that it costs no launch of its own.
-  TimeTarget stage_time(double t, int nudge) {
-    const Dtype dtype = dtype_of(like);
-    const double value = time_value(t, nudge);
-    time_.make_writable({}, like.options());
-    if (!time_.flat.is_cpu()) return {time_.flat, value};
-    write_time(time_.flat.mutable_data_ptr(), value, dtype);
-    return {};
-  }
-
-  double time_value(double t, int nudge) const {
-    return direction * std::clamp(round_time(t, nudge, dtype_of(like)), time_bounds_.first,
-                                  time_bounds_.second);
-  }
-
   // Makes `target` safe to write.
   void make_writable(Shown& target) { target.make_writable(like.sizes(), like.options(), shapes); }
 
-  const at::Tensor like;     // the initial state: shape, dtype and device of every other
-  const Shapes shapes;       // of the members of a tuple state
-  const double direction;    // of the caller's clock
-  int64_t nfe = 0;
-
- private:
   // A contiguous tensor in the layout of the state that nothing else writes. Anything unusual goes
   // through Problem.slope, which casts it or raises.
   at::Tensor slope(const py::object& value) {
@@ -99,6 +59,11 @@ class Field {
     return is_ours_alone(value.ptr()) ? k : copied(k);
   }
 
+  const at::Tensor like;     // the initial state: shape, dtype and device of every other
+  const Shapes shapes;       // of the members of a tuple state
+  int64_t nfe = 0;
+
+ private:
   // Whether a value needs neither checks nor casts.
   bool is_plain(const py::object& value) const {
     return shapes.empty() && is_plain(value, like.sizes());
@@ -144,9 +109,55 @@ class Field {
   const py::object problem_, func_;
   const py::tuple args_;     // what func takes after (t, y)
   std::vector<PyObject*> arguments_;
+  std::vector<at::Tensor> copies_;  // our own tensors for slopes that had to be copied
+};
+
+// A field of one time for the whole state.
+class Field : public Exchange {
+ public:
+  explicit Field(const py::object& problem)
+      : Exchange(problem),
+        direction(problem.attr("direction").cast<double>()),
+        time_bounds_(problem.attr("time_bounds").cast<std::pair<double, double>>()) {}
+
+  // func(t, y) at a forward time; `nudge` -1 and +1 take the last time before and the first after
+  // it. `shift` is a zero that carries the gradient of the time, if any.
+  at::Tensor call(double t, const Shown& y, const at::Tensor& shift, int nudge) {
+    const TimeTarget time = stage_time(t, nudge);
+    if (time.t.defined()) time.t.fill_(time.value);
+    return call_at_stage_time(y, shift);
+  }
+
+  // The same at the time last given by stage_time.
+  at::Tensor call_at_stage_time(const Shown& y, const at::Tensor& shift) {
+    py::object shifted;
+    if (shift.defined()) {
+      shifted = wrap(time_.flat.add(shift.mul(direction).to(time_.flat.options())));
+    }
+    return slope(value_at(shifted ? shifted : time_.argument, y.argument));
+  }
+
+  // The time that func sees: rounded once, kept inside the interval. Written here on a CPU; on a
+  // GPU the kernel that makes the state writes it, so that it costs no launch of its own.
+  TimeTarget stage_time(double t, int nudge) {
+    const Dtype dtype = dtype_of(like);
+    const double value = time_value(t, nudge);
+    time_.make_writable({}, like.options());
+    if (!time_.flat.is_cpu()) return {time_.flat, value};
+    write_time(time_.flat.mutable_data_ptr(), value, dtype);
+    return {};
+  }
+
+  double time_value(double t, int nudge) const {
+    return direction * std::clamp(round_time(t, nudge, dtype_of(like)), time_bounds_.first,
+                                  time_bounds_.second);
+  }
+
+  const double direction;    // of the caller's clock
+
+ private:
   const std::pair<double, double> time_bounds_;
   Shown time_;
-  std::vector<at::Tensor> copies_;  // our own tensors for slopes that had to be copied
 };
 
 }  // namespace flashode

@@ -33,6 +33,8 @@ Tolerance tolerance_of(const Tolerances& tol) {
           tol.each_atol.defined() ? tol.each_atol.const_data_ptr() : nullptr};
 }
 
+}  // namespace
+
 #ifdef FLASHODE_WITH_CUDA
 void check_cuda(int error) {
   TORCH_CHECK(error == 0, "flashode: CUDA error ", error, " (", cuda::error_text(error), ")");
@@ -48,8 +50,6 @@ void check_cuda(int error) {
               " only: rebuild where nvcc is found");
 #endif
 }
-
-}  // namespace
 
 bool run_combine(const at::Tensor& y0, const Terms& k, const double* coef, int64_t rows,
                  const at::Tensor& out, const TimeTarget& time) {

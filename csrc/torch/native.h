@@ -90,6 +90,10 @@ class Norm {
 
 void* current_stream(c10::Device device);
 
+// Raises for a device without kernels, and for an error of the CUDA runtime.
+[[noreturn]] void no_device(const at::Tensor& y);
+void check_cuda(int error);
+
 // Registered operation flashode::combine, through the dispatcher: records gradients.
 at::Tensor combine_op(const at::Tensor& y0, at::TensorList k, const at::Tensor& coef);
 

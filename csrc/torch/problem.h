@@ -5,12 +5,10 @@
 
 #include <vector>
 
+#include "../kernels/status.h"
 #include "native.h"
 
 namespace flashode {
-
-// Numbers of flashode.errors.Status.
-enum Status { kSuccess, kMaxSteps, kStepUnderflow, kNonfiniteField, kNonfiniteState };
 
 // No further step is possible.
 struct StepFailure {

@@ -2,6 +2,7 @@
 
 from . import compat
 from .api import explain, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from .batched import BatchSolution
 from .dense import DenseOutput
 from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
 from .events import Event
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "BatchSolution",
     "DenseOutput",
     "Event",
     "GradientReport",

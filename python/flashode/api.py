@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from . import event_gradients, transforms
+from . import batched, event_gradients, transforms
 from .adjoint import solve_with_adjoint
 from .adjoint.spec import collect_params, make_spec
 from .arguments import initial_time, joined_times, kind_of
 from .augmented import Path
 from .dense import DenseOutput, dense_output
-from .engines import ENGINES, choose, traced
+from .engines import BATCH_ENGINES, ENGINES, choose, solve_batch, traced
 from .errors import ArgumentError, ArgumentTypeError, Status
 from .events import Inquiry, events_of
 from .options import warn_of_idle_stops
@@ -39,7 +39,8 @@ def odeint(
         rtol, atol: relative and absolute tolerance per element: number, Tensor that broadcasts to
             the state, or one per member of a tuple state. Fixed-step methods ignore them.
         method: name of a method (README, table of methods); default ``"dopri5"``.
-        options: dict for the method (README, table of options).
+        options: dict for the method (README, table of options). ``{"batched": True}`` solves every index
+            of the leading dimension on its own (docs/batches.md); ``t`` may then have shape (B, T).
         event_fn: callable ``event_fn(t, y)`` returning a Tensor, an `Event`, or a tuple of several of
             either; the solve ends where the first element of any changes sign, to within ``atol`` in
             ``t``. ``t`` then holds the initial time and one later time that only gives the direction.
@@ -91,7 +92,8 @@ def solve(
             it; ``event_fn``, callbacks and ``options["norm"]`` are given it; ``ys`` has it; ``rtol``
             and ``atol`` may have it. A `SolveError` counts its Tensors in their order.
         throw: False returns a failed solve in place of raising its `SolveError`: ``status`` names
-            the reason and the rows that were not reached are NaN.
+            the reason and the rows that were not reached are NaN. With ``options={"batched": True}`` the
+            result is a `BatchSolution` either way, with a status for every sample.
         dense: whether to keep every step, for ``Solution.sol``: the solution as a function of time,
             a `DenseOutput`. Methods whose interpolant takes more evaluations (`dopri8`: 3,
             ``interp="cubic"``: 1) then make them in every step.
@@ -113,7 +115,7 @@ def solve(
     problem, solution = _solve(
         func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense
     )
-    if solution.status == Status.EVENT:
+    if problem.events and solution.status == Status.EVENT:
         solution.event_t, solution.ys = event_gradients.attach(
             problem, problem.events, solution.event_index, solution.event_t, solution.ys
         )
@@ -156,6 +158,11 @@ def odeint_dense(
 
 def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense=False):
     require_progress(progress)
+    if batched.asked_for(options):
+        batched.require_one_clock(progress, dense)
+        problem = batched.BatchProblem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+        outcome, name = solve_batch(problem, engine)
+        return problem, batched.finish(problem, outcome, name, throw)
     problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     name = choose(problem, engine)
     path = Path() if dense else None
@@ -236,6 +243,10 @@ def odeint_adjoint(
         raise ArgumentError(
             f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
         )
+    if batched.asked_for(options):
+        raise ArgumentError(
+            "odeint_adjoint has no options['batched']; use odeint, which has gradients per sample"
+        )
     require_progress(progress)
     params = collect_params(func, adjoint_params, args)
     problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
@@ -308,10 +319,12 @@ def odeint_event(func, y0, t0, *, event_fn, reverse_time=False, odeint_interface
 
 def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=()) -> str:
     """Which engine ``engine="auto"`` takes for a call, and why the others decline; nothing is solved."""
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
-    chosen = choose(problem, "auto")
+    per_sample = batched.asked_for(options)
+    kind, engines = (batched.BatchProblem, BATCH_ENGINES) if per_sample else (Problem, ENGINES)
+    problem = kind.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    chosen = choose(problem, "auto", engines)
     lines = [f"{problem.method.name} on the {chosen} engine"]
-    for name, engine in ENGINES.items():
+    for name, engine in engines.items():
         reason = engine.supports(problem)
         lines.append(f"  {name}: " + ("can serve" if reason is None else f"declines: {reason}"))
     return "\n".join(lines)

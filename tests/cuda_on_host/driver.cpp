@@ -1,6 +1,7 @@
 // What tests/test_cuda_on_host.py calls: the operations of both devices, and what they are made of.
 
-#include "translated.cu"  // csrc/kernels/cuda.cu, its launch turned into a call of the emulator
+#include "cuda.cu"  // these two with their launch turned into a call of the emulator
+#include "cuda_batched.cu"
 
 using namespace flashode;
 
@@ -35,6 +36,48 @@ struct Control {
   operator Controller() const {
     return {order,    safety,   ifactor, dfactor, min_step, max_step, {betas[0], betas[1], betas[2]},
             {past[0], past[1]}};
+  }
+};
+
+// A batch of samples solved on their own.
+struct BatchOperands {
+  int dtype, stages;
+  int64_t count, outputs, members, width, widest, caller;
+  double* reals;
+  int64_t* wholes;
+  const double* times;
+  const int64_t* offsets;
+  double* steps;
+  const void* each_rtol;
+  double rtol, atol;
+  Control control;
+  unsigned* scratch;
+
+  Batch batch() const {
+    Batch b;
+    b.dtype = Dtype(dtype);
+    b.samples = {count, reals, wholes, times, outputs, outputs};
+    b.members = {members, offsets};
+    b.width = width;
+    b.widest = widest;
+    b.tolerance = {rtol, atol, each_rtol, nullptr};
+    b.control = control;
+    b.remembers = true;
+    b.max_num_steps = 11;
+    b.steps = steps;
+    return b;
+  }
+  Terms terms(const void* const* k) const {
+    Terms terms;
+    terms.count = stages;
+    std::copy_n(k, stages, terms.k);
+    return terms;
+  }
+  Sum sum(const double* weight) const {
+    Sum sum;
+    sum.count = stages;
+    for (int j = 0; j < stages; ++j) sum.stage[j] = j, sum.weight[j] = weight[j];
+    return sum;
   }
 };
 
@@ -161,6 +204,57 @@ int faulty(int fault) {
     case 3: return cuda::launch(nothing, dim3(0), nullptr);
     default: return cuda::launch(nothing, dim3(1, 65536), nullptr);
   }
+}
+
+// ---- batches: one operation, on the emulator or on the CPU ---------------------------------------
+
+int batch_stage(bool gpu, const BatchOperands& a, const void* y0, const void* const* k,
+                const double* weight, void* out, void* t, Tally*) {
+  const StageTimes times{0.3, 0, t};
+  if (gpu) return cuda::stage(a.batch(), y0, a.terms(k), a.sum(weight), times, out, nullptr);
+  cpu::stage(a.batch(), y0, a.terms(k), a.sum(weight), times, out, 1);
+  return 0;
+}
+int batch_probe(bool gpu, const BatchOperands& a, const void* y0, const void* f0, Tally* tally) {
+  if (gpu) return cuda::probe(a.batch(), y0, f0, a.scratch, tally, nullptr);
+  *tally = cpu::probe(a.batch(), y0, f0, 1);
+  return 0;
+}
+int batch_first_trials(bool gpu, const BatchOperands& a, const void* y0, const void* f0,
+                       const void* f1, Tally*) {
+  if (gpu) return cuda::first_trials(a.batch(), y0, f0, f1, nullptr);
+  cpu::first_trials(a.batch(), y0, f0, f1, 1);
+  return 0;
+}
+int batch_begin(bool gpu, const BatchOperands& a, Tally* tally) {
+  if (gpu) return cuda::begin_trials(a.batch(), a.scratch, tally, nullptr);
+  *tally = cpu::begin_trials(a.batch(), 1);
+  return 0;
+}
+int batch_judge(bool gpu, const BatchOperands& a, const void* y0, const void* y1,
+                const void* const* k, const double* weight, const void* extra, Tally* tally) {
+  if (gpu) {
+    return cuda::judge(a.batch(), y0, y1, a.terms(k), a.sum(weight), extra, a.scratch, tally, nullptr);
+  }
+  *tally = cpu::judge(a.batch(), y0, y1, a.terms(k), a.sum(weight), extra, 1);
+  return 0;
+}
+int batch_commit(bool gpu, const BatchOperands& a, void* y0, void* f0, const void* y1,
+                 const void* const* k, const void* f1, const double* dense, void* ys, Tally* tally) {
+  Polynomial polynomial;
+  polynomial.count = a.stages;
+  polynomial.degree = 4;
+  polynomial.has_extra = true;
+  for (int j = 0; j < a.stages; ++j) {
+    polynomial.stage[j] = j;
+    for (int power = 0; power < 4; ++power) polynomial.weight[power][j] = dense[power * a.stages + j];
+  }
+  if (gpu) {
+    return cuda::commit(a.batch(), y0, f0, y1, a.terms(k), f1, polynomial, {ys, a.caller}, a.scratch,
+                        tally, nullptr);
+  }
+  *tally = cpu::commit(a.batch(), y0, f0, y1, a.terms(k), f1, polynomial, {ys, a.caller}, 1);
+  return 0;
 }
 
 }  // extern "C"

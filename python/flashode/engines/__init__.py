@@ -9,22 +9,41 @@ added to it is all that dense output needs of an engine.
 
 from __future__ import annotations
 
+from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError
 from ..problem import Problem
 from . import adams as adams  # its steps join those of reference
-from . import native, reference, reference_sweep, scipy_solver
+from . import native, native_batched, reference, reference_batched, reference_sweep, scipy_solver
 
 ENGINES = {"native": native, "reference": reference, "scipy": scipy_solver}
+BATCH_ENGINES = {"native": native_batched, "reference": reference_batched}
 SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}
 
 
-def choose(problem: Problem, engine: str):
+def choose(problem: Problem, engine: str, engines=ENGINES):
     """The engine to use. A named engine that cannot serve raises; only "auto" falls back."""
-    if not isinstance(engine, str) or engine not in ("auto", *ENGINES):
-        raise ArgumentError(f"engine must be one of {['auto', *ENGINES]}, got {engine!r}")
+    if not isinstance(engine, str) or engine not in ("auto", *engines):
+        raise ArgumentError(f"engine must be one of {['auto', *engines]}, got {engine!r}")
     if engine == "auto":
-        return next(name for name, e in ENGINES.items() if e.supports(problem) is None)
-    reason = ENGINES[engine].supports(problem)
+        return next(name for name, e in engines.items() if e.supports(problem) is None)
+    reason = engines[engine].supports(problem)
     if reason is not None:
         raise ArgumentError(f"the {engine} engine cannot serve this call: {reason}")
     return engine
+
+
+def solve_batch(problem: BatchProblem, engine: str):
+    """The outcome of samples solved on their own, and the engine that served.
+
+    Whether gradients are recorded shows in the first slope that ``func`` returns: "auto" then goes on with
+    the reference engine from there, without another call.
+    """
+    name = choose(problem, engine, BATCH_ENGINES)
+    if name == "reference":
+        return reference_batched.solve(problem), name
+    outcome = native_batched.solve(problem)
+    if isinstance(outcome, BatchOutcome):
+        return outcome, name
+    if engine == "native":
+        raise ArgumentError(f"the native engine cannot serve this call: {native_batched.RECORDS}")
+    return reference_batched.solve(problem, f0=problem.rows(outcome)), "reference"

@@ -47,20 +47,22 @@ def supports(problem: Problem) -> str | None:
 
 def solve(problem: Problem, recording=None) -> Outcome:
     """Integrates through all output times."""
-    tableau, dense = _table(problem.method.tableau), _interpolant(problem.dense)
+    tableau, dense = table_of(problem.method.tableau), interpolant_of(problem.dense)
     fields = extension.C.solve(problem, tableau, dense, recording)
     return Outcome(**{**fields, "status": Status(fields["status"])})
 
 
 def replay(problem: Problem, shifts):
     """Takes accepted steps of a solve again: `engines.reference.Run.replay`, of the C++ loop."""
-    return extension.C.replay(problem, _table(problem.method.tableau), _interpolant(problem.dense), shifts)
+    return extension.C.replay(
+        problem, table_of(problem.method.tableau), interpolant_of(problem.dense), shifts
+    )
 
 
 def sweep(augmented: Augmented) -> Gradients:
     """The backward solve, from the last output back to the first."""
     method = augmented.problem.method
-    tableau, dense = _table(method.tableau), _interpolant(augmented.problem.dense)
+    tableau, dense = table_of(method.tableau), interpolant_of(augmented.problem.dense)
     fields = extension.C.sweep(augmented, tableau, dense)
     return Gradients(**{**fields, "status": Status(fields["status"])})
 
@@ -75,13 +77,13 @@ def _numbers_of(dense: Dense):
 
 
 @functools.cache
-def _table(tableau: Tableau):
+def table_of(tableau: Tableau):
     c, a, b, b_err = tableau.numbers
     return extension.C.Table(c, a, b, b_err, tableau.fsal)
 
 
 @functools.cache
-def _interpolant(dense: Dense):
+def interpolant_of(dense: Dense):
     return extension.C.Interpolant(*_numbers_of(dense))
 
 

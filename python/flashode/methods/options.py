@@ -47,6 +47,13 @@ OPTIONS = {
     "jump_t": Option(_ADAPTIVE, "times to land on, and to evaluate the field again from the other side"),
     "dtype": Option(_ADAPTIVE, "accepted as torchdiffeq has it; time is always kept in float64"),
     "overshoot": Option(_ADAPTIVE, "take torchdiffeq's steps exactly, past the final time"),
+    "batched": Option(
+        _ADAPTIVE,
+        "solve every index of the leading dimension on its own: own steps, times, tolerances, status",
+    ),
+    "compact": Option(
+        _ADAPTIVE, "with `batched`: `func` treats rows alone, and need not be called with finished ones"
+    ),
     "step_size": Option(_FIXED, "length of the steps, in units of `t`; default: from one output to the next"),
     "grid_constructor": Option(_FIXED, "`f(func, y0, t)` returns the ends of the steps"),
     "interp": Option(_FIXED, '`"linear"` (default) or `"cubic"`, between the ends of steps'),
