@@ -37,6 +37,9 @@ def _calls(method: Method) -> str:
     if method.family == "adams":
         return "1" + (", and 1 a correction" if method.corrects else "") + "; 4 in the first steps"
     stages, extra = method.tableau.stages, len(method.dense.extra_c)
+    if method.family == "implicit":
+        solved = stages - method.tableau.begins_with_f0
+        return f"{solved} an iteration of Newton's method"
     if not method.adaptive:
         return str(stages)
     return f"{stages - 1}" + (f", and {extra} more in a step with outputs inside" if extra else "")
