@@ -573,6 +573,8 @@ def test_flags_callbacks_and_the_adjoint_are_answered():
         odeint(decay, options={"batched": "yes"}, **call)
     with pytest.raises(ArgumentError, match="odeint_adjoint has no options"):
         odeint_adjoint(decay, options=BATCHED, adjoint_params=(), **call)
+    with pytest.raises(ArgumentError, match="odeint_adjoint has no options"):
+        odeint_adjoint(decay, adjoint_options=BATCHED, adjoint_params=(), **call)
     assert torch.equal(odeint(decay, options={"batched": False}, **call), odeint(decay, **call))
 
     class Field(torch.nn.Module):
@@ -584,3 +586,37 @@ def test_flags_callbacks_and_the_adjoint_are_answered():
 
     with pytest.warns(UserWarning, match="does not support callbacks {'callback_step'}"):
         odeint(Field(), options=BATCHED, **call)
+
+
+def test_finished_samples_of_a_structure_can_be_dropped():
+    """What func returns is compared with what it was shown, which may be fewer samples than y0 has."""
+    y0, t = torch.rand(3, 2, dtype=torch.float64), times(0, 1) * times(1, 30, 30)[:, None]
+    options = BATCHED | {"compact": True}
+    widths = []
+
+    def field(t, state):
+        widths.append(len(state["y"]))
+        return {"y": -state["y"]}
+
+    solution = solve(field, {"y": y0}, t, options=options)
+    assert torch.equal(solution.ys["y"], odeint(decay, y0, t, options=BATCHED))
+    y0, t = torch.rand(4, 2, dtype=torch.float64), times(0, 1) * times(1, 1, 1, 30)[:, None]
+    solve(field, {"y": y0}, t, options=options)
+    assert widths[0] == 3 and widths[-1] == 1
+    with pytest.raises(ArgumentError, match="never broadcast"):
+        solve(lambda t, state: {"y": -state["y"][:1]}, {"y": y0}, t, options=options)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0)])
+def test_a_batch_of_nothing_has_a_graph(shape):
+    y0 = torch.zeros(shape, requires_grad=True)
+    odeint(decay, y0, torch.tensor([0.0, 1.0]), options=BATCHED).sum().backward()
+    assert y0.grad.shape == shape
+
+
+def test_solutions_are_compared_as_objects():
+    """Tensors have no one answer to ``==``."""
+    y0, t = torch.ones(2, 1), torch.tensor([0.0, 1.0])
+    for options in (None, BATCHED):
+        one, other = (solve(decay, y0, t, options=options) for _ in range(2))
+        assert one == one and one != other and other in [one, other]

@@ -233,6 +233,23 @@ def test_without_until_a_solve_ends_at_the_step_limit():
     assert failed.ts.isnan().tolist() == [False, True] and failed.ys[1].isnan().all()
 
 
+@pytest.mark.parametrize("method", ["dopri5", "kvaerno3"])
+@pytest.mark.parametrize(
+    "y0", [torch.ones(1), f64(1.0, 2.0), torch.zeros(0)], ids=["float32", "float64", "empty"]
+)
+@pytest.mark.parametrize("reverse_time", [False, True])
+def test_a_state_at_rest_runs_out_of_time(method, y0, reverse_time):
+    """Without an error to control, steps grow until no number can hold the time."""
+    field = Counted(lambda t, y: torch.zeros_like(y))
+    with pytest.raises(
+        SolveError, match=r"greatest time .* before an event.*flashode.Event\(event_fn, until="
+    ) as caught:
+        odeint_event(
+            field, y0, 0.0, event_fn=lambda t, y: y.sum() - 9, method=method, reverse_time=reverse_time
+        )
+    assert caught.value.reason == Status.MAX_STEPS and math.isfinite(caught.value.t) and field.nfe < 5_000
+
+
 # ---- the start -----------------------------------------------------------------------------
 
 

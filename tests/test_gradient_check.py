@@ -207,3 +207,17 @@ def test_bad_arguments_are_named(arguments, error, text):
         check_gradients(
             lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0]), **{"modes": MODES} | arguments
         )
+
+
+def test_a_mode_without_a_graph_is_named():
+    pytest.importorskip("scipy")
+    y0, t = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.tensor([0.0, 1.0])
+    with (
+        pytest.warns(flashode.GradientWarning),
+        pytest.raises(ValueError, match="in mode 'direct' the loss has no graph"),
+    ):
+        check_gradients(lambda t, y: -y, y0, t, method="scipy_solver", modes=("direct", "backsolve"))
+    report = check_gradients(
+        lambda t, y: -y, y0, t, method="scipy_solver", modes=("backsolve",), file=io.StringIO()
+    )
+    assert report.verdict.startswith("backsolve is right")

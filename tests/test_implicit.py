@@ -464,6 +464,33 @@ def test_gradients_through_a_stiff_solve():
     assert abs(grad / quotient - 1) < 1e-3
 
 
+# ---- states of zero, and of no elements ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex128])
+def test_a_state_may_begin_at_zero(name, dtype):
+    t, y0 = torch.linspace(0, 1, 33, dtype=F64), torch.zeros(2, dtype=dtype, requires_grad=True)
+    y = flashode.odeint(lambda t, y: 1 - y, y0, t, method=name)[-1]
+    assert abs(y.detach() - (1 - math.exp(-1))).max() < 0.01
+    (grad,) = torch.autograd.grad(y.real.sum(), y0)
+    assert abs(grad - math.exp(-1)).max() < 0.01
+
+
+@pytest.mark.parametrize("length", [1.0, 2.0])
+def test_an_iterate_or_a_solution_may_vanish(length):
+    """The trapezoidal rule's first iterate vanishes at 1, its solution at 2: (1 - length / 2) / (1 + length / 2)."""
+    y = flashode.odeint(lambda t, y: -y, ONES, length * UNIT, method="trapezoid")[-1]
+    assert abs(y - (2 - length) / (2 + length)).max() < 1e-15
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_a_state_of_no_elements(name, dtype):
+    ys = flashode.odeint(lambda t, y: -y, torch.zeros(3, 0, dtype=dtype), UNIT, method=name)
+    assert ys.shape == (2, 3, 0) and ys.dtype == dtype
+
+
 # ---- what cannot be served -----------------------------------------------------------------
 
 
@@ -477,6 +504,23 @@ def test_a_field_without_derivatives_is_refused(name):
         ArgumentError, match=f"method='{name}' solves for its stages by derivatives .* 'dopri5'"
     ):
         flashode.odeint(cut, ONES, UNIT, method=name)
+
+
+@some
+def test_a_field_that_cannot_be_differentiated_is_refused_in_our_words(name):
+    """torch refuses NumPy a tensor that requires grad, and autograd the tensors of inference mode."""
+    with pytest.raises(ArgumentError, match=f"method='{name}' solves for .* NumPy"):
+        flashode.odeint(lambda t, y: torch.from_numpy(-y.numpy()), ONES, UNIT, method=name)
+    with torch.inference_mode():
+        weight = 2 * ONES
+        with pytest.raises(ArgumentError, match="func uses a tensor that was made in inference mode"):
+            flashode.odeint(lambda t, y: y * weight * y, ONES, UNIT, method=name)
+
+    def broken(t, y):
+        raise RuntimeError("the field's own")
+
+    with pytest.raises(RuntimeError, match="the field's own"):
+        flashode.odeint(broken, ONES, UNIT, method=name)
 
 
 @some

@@ -335,3 +335,12 @@ def test_copies(duplicate, engine):
     for ours, theirs in ((twin.ys, solution.ys), (twin.sol(0.4), solution.sol(0.4))):
         assert torch.equal(ours["x"].q, theirs["x"].q) and torch.equal(ours["x"].p[0], theirs["x"].p[0])
         assert not ours["x"].q.requires_grad
+
+
+def test_explain_takes_what_solve_takes():
+    state = {"a": torch.ones(2), "b": [torch.ones(())]}
+    tolerance = {"a": 1e-3, "b": [1e-4]}
+    text = flashode.explain(lambda t, y: y, state, torch.tensor([0.0, 1.0]), rtol=tolerance)
+    assert "native" in text and "reference: can serve" in text
+    text = flashode.explain(lambda t, y: y, state, torch.tensor([0.0, 1.0]), event_fn=lambda t, y: y["a"])
+    assert "declines: events" in text

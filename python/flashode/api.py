@@ -108,10 +108,7 @@ def solve(
     """
     tree = Tree.of(y0)
     if tree is not None:
-        func, y0 = tree.field(func), tree.members(y0, "y0")
-        rtol, atol = tree.tolerance("rtol", rtol), tree.tolerance("atol", atol)
-        options = tree.options(options)
-        event_fn = tuple(replace(e, fn=tree.reader(e.fn, place=1)) for e in events_of(event_fn)) or None
+        func, y0, rtol, atol, options, event_fn = _of_tuples(tree, func, y0, rtol, atol, options, event_fn)
     problem, solution = _solve(
         func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense
     )
@@ -154,6 +151,15 @@ def odeint_dense(
         func, y0, joined_times(t0, t1), rtol=rtol, atol=atol, method=method, options=options, args=args,
         engine=engine, progress=progress, dense=True,
     ).sol  # fmt: skip
+
+
+def _of_tuples(tree, func, y0, rtol, atol, options, event_fn):
+    """What is asked of a state of any structure, asked of the tuple of its Tensors."""
+    events = tuple(replace(e, fn=tree.reader(e.fn, place=1)) for e in events_of(event_fn))
+    return (
+        tree.field(func), tree.members(y0, "y0"), tree.tolerance("rtol", rtol), tree.tolerance("atol", atol),
+        tree.options(options), events or None,
+    )  # fmt: skip
 
 
 def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense=False):
@@ -243,7 +249,7 @@ def odeint_adjoint(
         raise ArgumentError(
             f"odeint_adjoint serves backward passes only, and {reason}; use odeint, which serves all"
         )
-    if batched.asked_for(options):
+    if batched.asked_for(options) or batched.asked_for(adjoint_options):
         raise ArgumentError(
             "odeint_adjoint has no options['batched']; use odeint, which has gradients per sample"
         )
@@ -319,6 +325,9 @@ def odeint_event(func, y0, t0, *, event_fn, reverse_time=False, odeint_interface
 
 def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=()) -> str:
     """Which engine ``engine="auto"`` takes for a call, and why the others decline; nothing is solved."""
+    tree = Tree.of(y0)
+    if tree is not None:
+        func, y0, rtol, atol, options, event_fn = _of_tuples(tree, func, y0, rtol, atol, options, event_fn)
     per_sample = batched.asked_for(options)
     kind, engines = (batched.BatchProblem, BATCH_ENGINES) if per_sample else (Problem, ENGINES)
     problem = kind.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)

@@ -102,7 +102,7 @@ class BatchProblem(Problem):
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Something laid out as ``y0`` as one row a sample, shape (B, N)."""
         if self.shapes is None:
-            return x.reshape(len(x), -1) if x.numel() else x.new_empty(len(x), self.columns[-1])
+            return x.reshape(len(x), self.columns[-1])
         members = (x[begin:end] for begin, end in zip(self.offsets, self.offsets[1:]))
         widths = (end - begin for begin, end in zip(self.columns, self.columns[1:]))
         return torch.cat([m.reshape(self.shapes[0][0], width) for m, width in zip(members, widths)], 1)
@@ -317,7 +317,7 @@ class BatchOutcome:
     error_ratio: torch.Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class BatchSolution(Solution):
     """A batch whose samples were solved on their own.
 

@@ -327,6 +327,11 @@ def _run(case: _Case, mode, forward, backward) -> _Run:
         value = case.loss(ys)
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
             raise ArgumentTypeError(f"loss must return a real scalar Tensor, got {kind_of(value)}")
+        if not value.requires_grad:
+            raise ArgumentError(
+                f"in mode {mode!r} the loss has no graph: it must be differentiable in what odeint returns; SciPy's "
+                "solvers have no graph either, and with them modes=('backsolve',) is the one to check"
+            )
         nfe, states = func.calls, _states_behind(value)
         inputs = case.inputs
         flat = iter(

@@ -19,12 +19,10 @@ class Tree:
     Attributes:
         spec: how the Tensors hang together.
         names: where each of them is, as Python writes it: ``['a'][0]``.
-        shapes: those of the Tensors.
     """
 
     spec: TreeSpec
     names: list[str]
-    shapes: list[torch.Size]
 
     @staticmethod
     def of(y0) -> Tree | None:
@@ -47,11 +45,11 @@ class Tree:
         for name, member in zip(names, members):
             if not isinstance(member, torch.Tensor):
                 raise ArgumentTypeError(f"y0{name} must be a Tensor, got {kind_of(member)}")
-        return Tree(spec, names, [member.shape for member in members])
+        return Tree(spec, names)
 
     def __reduce__(self):
         """For copies and pickles: as an example, because torch's specifications warn when they are copied."""
-        return _tree_like, (self.rebuild(self.names), self.names, self.shapes)
+        return _tree_like, (self.rebuild(self.names), self.names)
 
     def rebuild(self, members):
         """The caller's structure around ``members``."""
@@ -91,8 +89,8 @@ class Tree:
         return {**options, "norm": self.reader(options["norm"])}
 
 
-def _tree_like(example, names, shapes) -> Tree:
-    return Tree(tree_structure(example), names, shapes)
+def _tree_like(example, names) -> Tree:
+    return Tree(tree_structure(example), names)
 
 
 class _Field:
@@ -107,7 +105,8 @@ class _Field:
     def __call__(self, t, y, *args):
         tree = self.tree
         members = tree.members(self.func(t, tree.rebuild(y), *args), "what func returned")
-        for name, shape, member in zip(tree.names, tree.shapes, members):
+        # Not y0's own shapes: of samples solved on their own, fewer may be shown.
+        for name, shape, member in zip(tree.names, [x.shape for x in y], members):
             if not isinstance(member, torch.Tensor) or member.shape != shape:
                 refusal = ArgumentError if isinstance(member, torch.Tensor) else ArgumentTypeError
                 raise refusal(

@@ -34,7 +34,7 @@ class Stats:
     accepted_times: list[float] = field(default_factory=list, repr=False)
 
 
-@dataclass
+@dataclass(eq=False)  # Tensors have no one answer to ==
 class Solution:
     """A finished solve.
 
@@ -187,7 +187,12 @@ def _failure(problem, outcome: Outcome, source="func returned", prefix="") -> So
             "(an atol of 0 needs a state that never vanishes)",
         ),
         Status.MAX_STEPS: (
-            f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps}) before an event, at t={t!r}",
+            (
+                f"max_num_steps exceeded ({problem.max_num_steps}>={problem.max_num_steps})"
+                if outcome.accepted + outcome.rejected >= problem.max_num_steps
+                else "the greatest time that numbers can hold was reached"
+            )
+            + f" before an event, at t={t!r}",
             "event_fn may never change sign: flashode.Event(event_fn, until=...) ends such a solve; or raise "
             "options={'max_num_steps': ...}, or the step_size of fixed steps",
         )

@@ -30,6 +30,11 @@ _ROWS = 256
 _KAPPA = 0.03
 # Part of the residual that GMRES leaves in an iteration of Newton's method.
 _FORCING = 1e-3
+_UNDIFFERENTIABLE = (
+    "method={!r} solves for its stages by derivatives of func, and what func returned has none in y: its graph "
+    "was cut (no_grad, detach, NumPy, .item()); write func in differentiable operations of torch, or take an "
+    "explicit method such as 'dopri5'"
+)
 
 
 class Unsolved(Exception):
@@ -53,7 +58,10 @@ def from_real(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _shaped(x, like):
     """A flat real change of a state in the shape of one, in at least single precision."""
-    return torch.view_as_complex(x.reshape(*like.shape, 2)) if like.is_complex() else x.reshape(like.shape)
+    if not like.is_complex():
+        return x.reshape(like.shape)
+    # view_as_complex refuses rows of no elements, which begin at odd places.
+    return torch.complex(*x.reshape(*like.shape, 2).unbind(-1))
 
 
 class Stages:
@@ -191,9 +199,12 @@ def _nonfinite(values, like):
 
 
 def _part(equations, K, change):
-    """The change of the states, relative to the largest of their elements."""
-    moved = (equations.steps @ change).abs().max() if change.numel() else change.new_zeros(())
-    size = equations.states(K).abs().max() if change.numel() else moved
+    """The change of the states, relative to the largest element of them, or of what they are the sum of: they
+    may vanish, at the first iterate as at the solution, with the rounding of the state that the step starts from."""
+    if not change.numel():
+        return 0.0
+    moved = (equations.steps @ change).abs().max()
+    size = max(equations.states(K).abs().max(), equations.like.detach().abs().max(), moved)
     return (moved / size).item() if moved else 0.0
 
 
@@ -235,10 +246,25 @@ class Equations:
         with torch.inference_mode(False), torch.enable_grad():
             y = y.clone().requires_grad_()
             # A copy is shown: the field may write into it.
-            value = self.run.call(self.times[i], from_real(y.clone(), self.like), None, self.nudges[i])
+            try:
+                value = self.run.call(self.times[i], from_real(y.clone(), self.like), None, self.nudges[i])
+            except RuntimeError as error:
+                self.explain_refusal(error)
+                raise
             real = to_real(value)
             self.wants_graph |= recorded and _reaches_beyond(real, y)
             return value, self.tangent(i, real, y)
+
+    def explain_refusal(self, error):
+        """Says why torch refused an operation of func, where it is because func is differentiated."""
+        name = self.run.p.method.name
+        if "numpy() on Tensor that requires grad" in str(error):
+            raise ArgumentError(_UNDIFFERENTIABLE.format(name)) from error
+        if "Inference tensors cannot be saved" in str(error):
+            raise ArgumentError(
+                f"method={name!r} solves for its stages by derivatives of func, and func uses a tensor that was made in "
+                "inference mode, which has none: make it outside, or use torch.no_grad() in place of inference mode"
+            ) from error
 
     def tangent(self, i, value, y):
         """The linearisation of ``value`` in ``y``, from the graph between them."""
@@ -254,11 +280,7 @@ class Equations:
         moved = y + eps**0.5 * (1 + y.abs())
         there = self.run.call(self.times[i], from_real(moved, self.like), None, self.nudges[i])
         if not torch.equal(to_real(there.detach()), value):
-            raise ArgumentError(
-                f"method={self.run.p.method.name!r} solves for its stages by derivatives of func, and what func "
-                "returned has none in y: its graph was cut (no_grad, detach, NumPy, .item()); write func in "
-                "differentiable operations of torch, or take an explicit method such as 'dopri5'"
-            )
+            raise ArgumentError(_UNDIFFERENTIABLE.format(self.run.p.method.name))
         self.run.stages.is_probed = True
 
     @property
