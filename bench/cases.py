@@ -115,7 +115,7 @@ class Oscillators(torch.nn.Module):
 
 
 def with_torchode(y0, t, tolerance) -> dict[str, Callable]:
-    """torchode, where it is installed: ``pip install --no-deps torchode==1.0.1 torchtyping typeguard==2.13.3``."""
+    """torchode, where it is installed: ``pip install flashode[bench]``."""
     try:
         import torchode
     except ImportError:
@@ -149,6 +149,31 @@ def batched(device, quick) -> Iterator[Contest]:
         bound=2e-3,  # what the shared norm of torchdiffeq leaves some samples with
         func=func,
         at=(t[0], y0),
+    )
+
+
+def events(device, quick) -> Iterator[Contest]:
+    """A pendulum, until friction would have taken so much of its energy."""
+    y0, t = torch.tensor([2.0, 0.0], dtype=torch.float64, device=device), torch.tensor([0.0, 1.0])
+    start, most = torch.cat([y0, y0.new_zeros(1)]), 20.0 if quick else 80.0
+
+    def swing(t, y):
+        return torch.stack([y[1], -torch.sin(y[0]), y[1] ** 2])  # angle, velocity, work
+
+    def until(odeint, f, **call):
+        return odeint(f, start, t.double(), event_fn=lambda t, y: y[2] - most, **call)
+
+    tight = {"rtol": 1e-11, "atol": 1e-12}
+    yield Contest(
+        "events",
+        contestants={
+            "torchdiffeq": lambda f: until(torchdiffeq.odeint, f),
+            "native": lambda f: until(flashode.odeint, f, engine="native"),
+        },
+        truth=lambda: until(flashode.odeint, swing, engine="reference", **tight),
+        bound=1e-5,
+        func=swing,
+        at=(t[0], start),
     )
 
 
@@ -354,6 +379,7 @@ CASES = {
     "spiral": spiral,
     "steps": steps,
     "batched": batched,
+    "events": events,
     "train": train,
     "parameters": parameters,
     "large": large,

@@ -59,7 +59,7 @@ sanitize() {
     part "$name" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --target-processes all --error-exitcode 99 --print-limit 20 \
       "$python" -m pytest tests -q -x -p no:cacheprovider --device "$device" \
-      -k "(ops or engines) and not reference and not opcheck and not compiled"
+      -k "(ops or engines or batched) and not reference and not opcheck and not compiled"
   fi
 }
 

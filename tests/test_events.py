@@ -377,6 +377,115 @@ def test_a_bouncing_ball(event_fn, kick):
     torch.testing.assert_close(*grads, rtol=1e-5 if kick else 1e-8, atol=0)
 
 
+# ---- both engines --------------------------------------------------------------------------
+
+
+def on_both(field, y0, t, event, **arguments):
+    found = []
+    for engine in ("reference", "native"):
+        counted = Counted(field)
+        with torch.no_grad():
+            solution = solve(counted, y0, t, event_fn=event, engine=engine, throw=False, **arguments)
+        assert solution.stats.nfe == counted.nfe and solution.stats.engine == engine
+        found.append(solution)
+    return found
+
+
+@pytest.mark.parametrize("t", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_engines_find_the_same_event(name, t, native):
+    """Of a tuple state, the second of three; and an end without event."""
+
+    def field(t, state):
+        x, v = state
+        return v * torch.cos(t), -x
+
+    y0 = f64(1, 0.9), f64(0.5, -0.4)
+    options = {} if EXPLICIT[name].adaptive else {"step_size": 0.03}
+    for until in (None, 0.1):
+        until = None if until is None else until * (t[1] - t[0]).item()
+        fires = Event(lambda t, s: torch.stack([s[0][0] + 50, s[0][1] - 0.3, t.abs() - 40]), until=until)
+        a, b = on_both(field, y0, t, fires, method=name, options=options, rtol=1e-6, atol=1e-8, dense=True)
+        assert a.status == b.status == (Status.EVENT if until is None else Status.NO_EVENT)
+        assert a.event_index == b.event_index == (1 if until is None else -1)
+        assert (a.stats.accepted, a.stats.rejected, a.stats.nfe) == (
+            b.stats.accepted,
+            b.stats.rejected,
+            b.stats.nfe,
+        )
+        torch.testing.assert_close(b.event_t, a.event_t, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(b.ys, a.ys, rtol=1e-9, atol=1e-9)
+        middle = 0.4 * a.event_t
+        torch.testing.assert_close(b.sol(middle), a.sol(middle), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:.*cannot meet these tolerances")
+def test_engines_agree_in_low_precision(dtype, native):
+    y0 = START.to(dtype)
+    a, b = on_both(fall, y0, FORWARD.to(dtype), height, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(b.event_t, a.event_t)
+    torch.testing.assert_close(b.ys, a.ys, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "field, options, status",
+    [
+        (fall, {"max_num_steps": 3, "max_step": 0.01}, Status.MAX_STEPS),
+        (lambda t, y: fall(t, y) * torch.where(t > 0.3, math.nan, 1.0), {}, Status.NONFINITE_FIELD),
+        (lambda t, y: y * math.inf, {}, Status.NONFINITE_FIELD),
+    ],
+)
+def test_engines_fail_alike(field, options, status, native):
+    a, b = on_both(field, START, FORWARD, height, options=options)
+    assert a.status == b.status == status
+    assert b.event_t is None and b.ys[1].isnan().all() and torch.equal(b.ys[0], START)
+
+
+def test_a_field_and_an_event_may_keep_and_write_what_they_are_shown(native):
+    kept = []
+
+    def field(t, y):
+        k = fall(t, y)
+        y.zero_()
+        return k
+
+    def event(t, y):
+        kept.append((y, y.clone()))
+        return y[0]
+
+    a, b = on_both(field, START, FORWARD, event, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(y, copy) for y, copy in kept)
+    torch.testing.assert_close(b.ys, a.ys, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_adjoint_gradients_are_those_of_the_reference(adjoint, native):
+    grads = []
+    for engine in ("reference", "native"):
+        y0, g = START.clone().requires_grad_(), f64(G, requires_grad=True)
+        interface = functools.partial(
+            flashode.odeint_adjoint, adjoint=adjoint, adjoint_params=g, engine=engine
+        )
+        t, ys = odeint_event(
+            lambda t, y: torch.stack([y[1], -g[0] + 0 * y[1]]),
+            y0,
+            0.0,
+            event_fn=height,
+            odeint_interface=interface,
+        )
+        grads.append(torch.autograd.grad(t + ys[-1, 1], [y0, g]))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_with_gradients_the_reference_engine_serves():
+    with pytest.raises(ArgumentError, match="recorded by the reference engine"):
+        solve(fall, START, FORWARD, event_fn=height, engine="native")
+    with torch.no_grad():
+        assert solve(fall, START, FORWARD, event_fn=height).stats.engine == "native"
+
+
 # ---- gradients -----------------------------------------------------------------------------
 
 

@@ -378,12 +378,16 @@ def test_a_loss_that_is_not_finite_is_named_as_the_cause(shape, engine):
 
 def test_events_through_the_adjoint(engine):
     """The state at the event has gradients; the time it found has none, and says so."""
-    if engine == "native":
-        pytest.skip("events are located by the reference engine")
     net = Net(dtype=F64)
     y0 = torch.full((1, 2), 0.3, dtype=F64, requires_grad=True)
     event_t, ys = flashode.odeint_adjoint(
-        net, y0, torch.tensor([0.0, 1.0], dtype=F64), event_fn=lambda t, y: t - 0.7, rtol=1e-9, atol=1e-10
+        net,
+        y0,
+        torch.tensor([0.0, 1.0], dtype=F64),
+        event_fn=lambda t, y: t - 0.7,
+        rtol=1e-9,
+        atol=1e-10,
+        engine=engine,
     )
     assert not event_t.requires_grad
     torch.testing.assert_close(event_t, torch.tensor(0.7, dtype=F64), rtol=1e-8, atol=1e-9)

@@ -21,7 +21,7 @@ LAYERS = [
     ["problem"],
     ["augmented"],
     ["solution"],
-    ["engines/element", "engines/krylov"],
+    ["engines/element", "engines/clock", "engines/krylov"],
     ["engines/stages"],
     ["batched", "dense", "engines/reference_events"],
     ["engines/reference", "engines/native"],

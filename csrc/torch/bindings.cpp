@@ -63,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("weights"), py::arg("extra_c"), py::arg("extra_a"));
   m.def("solve", &flashode::solve, py::arg("problem"), py::arg("table"), py::arg("interpolant"),
         py::arg("recording"));
+  m.def("steps", &flashode::steps, py::arg("problem"), py::arg("table"), py::arg("interpolant"),
+        py::arg("recording"));
   m.def("solve_batch", &flashode::solve_batch, py::arg("problem"), py::arg("table"),
         py::arg("interpolant"));
   m.def("replay", &flashode::replay, py::keep_alive<0, 2>(), py::keep_alive<0, 3>(),

@@ -51,14 +51,18 @@ struct Step {
 class Run {
  public:
   Run(py::handle problem, const Table& table, const Interpolant& dense);
-  py::dict solve(py::object recording);
+  void record(py::object recording);
+  void begin();
+  void start();
+  Step advance();
+  at::Tensor states_at(const Step& step, const std::vector<double>& times);
+  py::dict outcome(Status status);
+  py::dict solve();
   void prepare_replays(py::object shifts);
   py::tuple replay(double t0, double t1, double dt, int landing, const py::object& y0,
                    const py::object& f0, const py::object& shift0, const py::object& shift1);
 
  private:
-  void begin();
-  py::dict outcome(Status status);
   at::Tensor call_at_state(const at::Tensor& shift, int nudge);
   bool records(const at::Tensor& y0, const std::vector<int>& stages) const;
   bool combine(Shown& target, const at::Tensor& y0, const Row& row, double signed_dt,
@@ -90,6 +94,7 @@ class Run {
   const double direction_;
   const int64_t max_num_steps_;
   const std::vector<double> times_;
+  const double end_;  // no step passes it
   const std::vector<std::pair<double, bool>> stops_;
   const py::object on_step_, on_accept_, on_reject_;
   Controller control_;
@@ -132,6 +137,7 @@ Run::Run(py::handle problem, const Table& table, const Interpolant& dense)
       direction_(field_.direction),
       max_num_steps_(p_.attr("max_num_steps").cast<int64_t>()),
       times_(p_.attr("times").cast<std::vector<double>>()),
+      end_(p_.attr("end").cast<double>()),
       stops_(p_.attr("stops").cast<std::vector<std::pair<double, bool>>>()),
       on_step_(p_.attr("callbacks")[py::int_(0)]),
       on_accept_(p_.attr("callbacks")[py::int_(1)]),
@@ -285,7 +291,7 @@ double Run::first_step() {
     throw StepFailure{kNonfiniteField};
   }
   double h0 = first_guess(d0, d1);
-  if (!overshoot_) h0 = std::min(h0, times_.back() - t0_);
+  h0 = std::min(h0, end_ - t0_);
   const double signed_h0 = direction_ * h0;
   field_.make_writable(stage_);
   const TimeTarget time = field_.stage_time(t0_ + h0, 0);
@@ -335,8 +341,8 @@ std::pair<double, Landing> Run::landing(double t1) {
     stop = stops_[next_stop_].first;
     kind = stops_[next_stop_].second ? kJump : kStop;
   }
-  if (!overshoot_ && times_.back() <= stop) {
-    stop = times_.back();
+  if (end_ <= stop) {
+    stop = end_;
     kind = kEnd;
   }
   return t1 >= stop ? std::pair{stop, kind} : std::pair{t1, kFree};
@@ -538,24 +544,51 @@ void Run::emit(const Step& step) {
   filled_ = end;
 }
 
-py::dict Run::solve(py::object recording) {
-  const c10::OptionalDeviceGuard device(y_begin_.device());
+void Run::record(py::object recording) {
   recording_ = std::move(recording);
   as_polynomials_ = !recording_.is_none() && recording_.attr("as_polynomials").cast<bool>();
+}
+
+// What a solve needs before its first step.
+void Run::start() {
+  if (!adaptive_) return;
+  f0_ = call_at_state(shift0_, 0);
+  dt_ = first_step();
+}
+
+// The next accepted step.
+Step Run::advance() {
+  if (adaptive_) return adaptive_step();
+  const int64_t i = accepted_ + 1;
+  if (i < int64_t(grid_.size())) {
+    return fixed_step(grid_[i], with_time_gradient_ ? grid_shifts_.select(0, i) : at::Tensor());
+  }
+  if (i > max_num_steps_) throw StepFailure{kMaxSteps};
+  return fixed_step(t0_ + control_.max_step, shift0_);
+}
+
+// The solution at times inside the step last taken, one row each; nothing is recorded.
+at::Tensor Run::states_at(const Step& step, const std::vector<double>& times) {
+  extend(step);
+  std::vector<double> coef;
+  for (const double t : times) {
+    for (const double w : dense_.at((t - step.t0) / (step.t1 - step.t0))) {
+      coef.push_back(w * direction_ * step.dt);
+    }
+  }
+  std::vector<int64_t> shape = step.y0.sizes().vec();
+  shape.insert(shape.begin(), int64_t(times.size()));
+  const at::Tensor rows = at::empty(shape, step.y0.options());
+  run_combine(step.y0, terms_of(k_, dense_.stage), coef.data(), int64_t(times.size()), rows);
+  return rows;
+}
+
+py::dict Run::solve() {
+  const c10::OptionalDeviceGuard device(y_begin_.device());
   begin();
   try {
-    if (times_.size() == 1) return outcome(kSuccess);
-    if (adaptive_) {
-      f0_ = call_at_state(shift0_, 0);
-      dt_ = first_step();
-      while (filled_ < int64_t(times_.size())) emit(adaptive_step());
-    } else {
-      for (size_t i = 1; i < grid_.size(); ++i) {
-        at::Tensor shift1;
-        if (with_time_gradient_) shift1 = grid_shifts_.select(0, int64_t(i));
-        emit(fixed_step(grid_[i], shift1));
-      }
-    }
+    if (times_.size() > 1) start();
+    while (filled_ < int64_t(times_.size())) emit(advance());
     return outcome(kSuccess);
   } catch (const StepFailure& failure) {
     return outcome(failure.status);
@@ -602,7 +635,46 @@ py::tuple Run::replay(double t0, double t1, double dt, int landing, const py::ob
 
 py::dict solve(py::handle problem, const Table& table, const Interpolant& dense,
                py::object recording) {
-  return Run(problem, table, dense).solve(std::move(recording));
+  Run run(problem, table, dense);
+  run.record(std::move(recording));
+  return run.solve();
+}
+
+py::dict steps(py::handle problem, const Table& table, const Interpolant& dense,
+               py::object recording) {
+  const auto run = std::make_shared<Run>(problem, table, dense);
+  run->record(std::move(recording));
+  run->begin();
+  const auto last = std::make_shared<Step>();
+  const c10::Device device = unpack(problem.attr("y0")).device();
+  // A failure is handed over as its status.
+  const auto start = [run, device]() -> py::object {
+    const c10::OptionalDeviceGuard guard(device);
+    try {
+      run->start();
+      return py::none();
+    } catch (const StepFailure& failure) {
+      return py::int_(int(failure.status));
+    }
+  };
+  const auto advance = [run, last, device]() -> py::object {
+    const c10::OptionalDeviceGuard guard(device);
+    try {
+      *last = run->advance();
+      return py::make_tuple(last->t0, last->t1, wrap(last->y1));
+    } catch (const StepFailure& failure) {
+      return py::int_(int(failure.status));
+    }
+  };
+  const auto states_at = [run, last, device](const std::vector<double>& times) {
+    const c10::OptionalDeviceGuard guard(device);
+    return wrap(run->states_at(*last, times));
+  };
+  const auto outcome = [run](int status) { return run->outcome(Status(status)); };
+  using namespace py::literals;
+  return py::dict("start"_a = py::cpp_function(start), "advance"_a = py::cpp_function(advance),
+                  "states_at"_a = py::cpp_function(states_at),
+                  "outcome"_a = py::cpp_function(outcome));
 }
 
 py::object replay(py::handle problem, const Table& table, const Interpolant& dense,

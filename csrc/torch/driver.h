@@ -12,6 +12,12 @@ namespace flashode {
 pybind11::dict solve(pybind11::handle problem, const Table& table, const Interpolant& dense,
                      pybind11::object recording);
 
+// The same led from Python, step by step: functions start(), advance(), which returns (t0, t1, y1) of
+// the next accepted step, states_at(times) inside that step, and outcome(status). start and advance
+// return the number of a status where there is no next step. The tables must outlive them.
+pybind11::dict steps(pybind11::handle problem, const Table& table, const Interpolant& dense,
+                     pybind11::object recording);
+
 // Takes accepted steps of a solve again: a function of (t0, t1, dt, landing, y0, f0, shift0, shift1),
 // see Run::replay. `shifts` are zeros that carry the gradients of the output times, or None.
 pybind11::object replay(pybind11::handle problem, const Table& table, const Interpolant& dense,

@@ -256,7 +256,8 @@ def odeint_adjoint(
     require_progress(progress)
     params = collect_params(func, adjoint_params, args)
     problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
-    name = choose(problem, engine)
+    with torch.no_grad():  # as the engine will work
+        name = choose(problem, engine)
     spec = make_spec(
         problem, options, rtol, atol, method,
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,

@@ -333,6 +333,8 @@ def norm_result(returned, is_finite) -> float:
 
 def callbacks_of(func, method: Method):
     found = tuple(getattr(func, name, None) for name in CALLBACKS)
+    if found == (None, None, None):
+        return found
     for name, callback in zip(CALLBACKS, found):
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"func.{name} must be callable, got {kind_of(callback)}")

@@ -30,6 +30,13 @@ class Status(enum.IntEnum):
         return self in (Status.SUCCESS, Status.EVENT, Status.NO_EVENT)
 
 
+class StepFailure(Exception):
+    """No further step is possible: how an engine's loop ends, never seen by a caller."""
+
+    def __init__(self, status: Status):
+        self.status = status
+
+
 class ArgumentError(ValueError, AssertionError):
     """An argument has the right type but a value that cannot be used.
 

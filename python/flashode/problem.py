@@ -123,9 +123,9 @@ class Problem:
         """
         # A method with a node beyond 1, as kvaerno5 has, needs the field a part of a step past the end.
         tableau, begin, end = self.method.tableau, self.times[0], self.end
-        if end == math.inf or (tableau is not None and max(tableau.c) > 1):
+        if end == math.inf or (tableau is not None and tableau.reaches_beyond):
             return -math.inf, math.inf
-        if self.grid is not None:
+        if self.grid is not None and not self.steps_on_times:
             begin, end = min(begin, self.grid[0].item()), max(end, self.grid[-1].item())
         if self.time_dtype == torch.float64:
             return begin, end
@@ -228,10 +228,11 @@ class Problem:
                     f"t is not on the same device as y0 ({t.device}, {y0.device}). Coercing to y0.device."
                 )
         arguments.require_finite(y0, shapes, chosen)
-        if not chosen.adaptive and not chosen.corrects and not events:
+        if chosen.adaptive or chosen.corrects or events:
+            sizes = None if shapes is None else [s.numel() for s in shapes]
+            rtol, atol = (arguments.tolerance(n, v, y0, sizes) for n, v in (("rtol", rtol), ("atol", atol)))
+        else:
             rtol = atol = 0.0  # ignored, whatever they are
-        sizes = None if shapes is None else [s.numel() for s in shapes]
-        rtol, atol = (arguments.tolerance(n, v, y0, sizes) for n, v in (("rtol", rtol), ("atol", atol)))
         if chosen.adaptive:
             arguments.require_plausible(rtol, atol)
             rtol, atol = arguments.floored(rtol, atol, y0)

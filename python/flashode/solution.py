@@ -112,6 +112,13 @@ class Outcome:
     message: str = ""
 
 
+def rows_of(rows: list[torch.Tensor], problem) -> torch.Tensor:
+    """The outputs that a solve has reached, with NaN for the others."""
+    reached = torch.stack(rows)
+    missing = reached.new_full((len(problem.times) - len(rows), *reached.shape[1:]), math.nan)
+    return torch.cat([reached, missing]) if len(missing) else reached
+
+
 def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
     """The `Solution` of an outcome; raises the `SolveError` of a failed one unless told not to."""
     stats = Stats(

@@ -69,6 +69,11 @@ class Tableau:
         """Some stage depends on later ones: all are solved for at once."""
         return any(len(a_i) > i + 1 for i, a_i in enumerate(self.a))
 
+    @cached_property
+    def reaches_beyond(self) -> bool:
+        """A stage lies past the end of the step."""
+        return max(self.c) > 1
+
     @property
     def begins_with_f0(self) -> bool:
         """The first stage is the slope at the start of the step."""

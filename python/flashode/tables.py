@@ -20,7 +20,8 @@ def methods_table() -> str:
             (
                 f"`{m.name}`" + (" (default)" if m.name == "dopri5" else ""),
                 "SciPy's" if m.family == "scipy" else str(m.order),
-                "adaptive" if m.adaptive else "fixed",
+                ("adaptive" if m.adaptive else "fixed")
+                + (", implicit" if m.family == "implicit" or m.corrects else ""),
                 _calls(m),
                 _between(m),
                 m.source,

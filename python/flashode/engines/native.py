@@ -7,16 +7,19 @@ The loops are ``csrc/torch/driver.cpp`` and ``sweep.cpp``, the twins of ``engine
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import dataclass
 
 import torch
 
 from .. import extension, transforms
 from ..augmented import Augmented, Gradients
-from ..errors import Status
+from ..errors import Status, StepFailure
 from ..interp import Dense
 from ..problem import Problem
-from ..solution import Outcome
+from ..solution import Outcome, rows_of
 from ..tableau import Tableau
+from .reference_events import solve_until_event
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -36,8 +39,8 @@ def supports(problem: Problem) -> str | None:
         return "the extension was compiled without CUDA; rebuild where nvcc is found"
     if problem.method.family != "explicit":
         return f"{problem.method.name} has no compiled steps"
-    if problem.events:
-        return "events are located by the reference engine"
+    if problem.events and torch.is_grad_enabled():
+        return "states at events are recorded by the reference engine; without gradients, or by odeint_adjoint, this one serves"
     if problem.dtypes is not None and len(set(problem.dtypes)) > 1:
         return "the members of y0 have different dtypes"
     if type(y0) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
@@ -47,9 +50,64 @@ def supports(problem: Problem) -> str | None:
 
 def solve(problem: Problem, recording=None) -> Outcome:
     """Integrates through all output times."""
+    if problem.events:
+        run = _Steps(problem, recording)
+        try:
+            return solve_until_event(run)
+        except StepFailure as failure:
+            return run.outcome(failure.status)
     tableau, dense = table_of(problem.method.tableau), interpolant_of(problem.dense)
     fields = extension.C.solve(problem, tableau, dense, recording)
     return Outcome(**{**fields, "status": Status(fields["status"])})
+
+
+@dataclass
+class _Step:
+    t0: float
+    t1: float
+    y1: torch.Tensor
+    k: object = None
+
+
+class _Steps:
+    """The C++ loop as `solve_until_event` leads it: what it uses of a `reference.Run`."""
+
+    shifts = None  # nothing is recorded
+
+    def __init__(self, problem: Problem, recording):
+        tableau, dense = table_of(problem.method.tableau), interpolant_of(problem.dense)
+        self.p, self.loop = problem, extension.C.steps(problem, tableau, dense, recording)
+        self.t0, self.y0, self.rows = problem.times[0], problem.y0.detach(), [problem.y0.detach()]
+        self.event_t, self.event_index = math.nan, -1
+
+    def start(self):
+        self.succeeded(self.loop["start"]())
+
+    def advance(self) -> _Step:
+        step = _Step(*self.succeeded(self.loop["advance"]()))
+        self.t0, self.y0 = step.t1, step.y1
+        return step
+
+    def succeeded(self, result):
+        if isinstance(result, int):
+            raise StepFailure(Status(result))
+        return result
+
+    def extended(self, step: _Step):
+        """The loop keeps the slopes to itself."""
+
+    def interpolate(self, step: _Step, times, shifts):
+        return list(self.loop["states_at"](times))
+
+    def outcome(self, status: Status) -> Outcome:
+        fields = self.loop["outcome"](int(status))
+        found = {
+            "status": status,
+            "ys": rows_of(self.rows, self.p),
+            "event_t": self.event_t,
+            "event_index": self.event_index,
+        }
+        return Outcome(**(fields | found))
 
 
 def replay(problem: Problem, shifts):

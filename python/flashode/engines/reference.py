@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from ..control import accept, clamp_step, first_guess, initial_step, next_step, predicted_step, remember
-from ..errors import Status
-from ..events import event_values
+from ..errors import Status, StepFailure
 from ..interp import weights_at
 from ..options import MAX_NUM_STEPS
 from ..problem import Problem
-from ..solution import Landing, Outcome
+from ..solution import Landing, Outcome, rows_of
 from ..transforms import is_batched, require_readable
+from .clock import stage_time
 from .element import combine, mean_square_norm, scaled_error, weighted_sum, wide
 from .reference_events import solve_until_event
 from .stages import Stages, Unsolved
@@ -57,24 +57,7 @@ def version_of(y):
     return object() if y.is_inference() else y._version  # inference tensors do not count
 
 
-def stage_time(p: Problem, t, shift=None, nudge=0):
-    """The 0-d tensor that func sees, rounded once and kept inside the interval."""
-    low, high = p.time_bounds
-    x = torch.tensor(t, dtype=p.time_dtype, device="cpu")
-    if nudge:
-        x = torch.nextafter(x, torch.full_like(x, nudge * math.inf))
-    x = (p.direction * x.clamp(low, high)).to(p.y0.device)
-    return x if shift is None else x + (p.direction * shift).to(x)
-
-
 # ---- one solve -----------------------------------------------------------------------------
-
-
-class StepFailure(Exception):
-    """No further step is possible."""
-
-    def __init__(self, status: Status):
-        self.status = status
 
 
 @dataclass
@@ -127,12 +110,8 @@ class Run:
         self.grid_shifts: torch.Tensor | None = None
 
     def outcome(self, status: Status) -> Outcome:
-        rows = torch.stack(self.rows)
-        missing = len(self.p.times) - len(rows)
-        if missing:
-            rows = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), math.nan)])
         return Outcome(
-            status, rows, self.nfe, self.accepted, self.rejected, self.accepted_times,
+            status, rows_of(self.rows, self.p), self.nfe, self.accepted, self.rejected, self.accepted_times,
             self.t0, self.dt, self.error_ratio, self.k, self.y1, self.event_t, self.event_index, self.unsolved,
         )  # fmt: skip
 
@@ -454,10 +433,6 @@ class Run:
         # The graph is the caller's now.
         self.k, self.y0, self.y1, self.rows = [], None, None, []
         return step.y1, f1, outputs
-
-    def event_values(self, t, y):
-        """What every event function returns at a forward time."""
-        return event_values(self.p.events, stage_time(self.p, t), self.p.unflatten(y))
 
 
 # Runs with steps of their own, by family of methods; the modules that define them put them here.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..errors import Status
-from ..events import Watch, crossing
+from ..events import Watch, crossing, event_values
 from ..solution import Outcome
+from .clock import stage_time
 
 # Where in a step the events are looked at, besides its end. One that changes sign twice between two of
 # these points goes unseen.
@@ -16,11 +17,11 @@ _INNER = (0.25, 0.5, 0.75)
 def solve_until_event(run) -> Outcome:
     """Steps until an event fires and finds its time on the dense output, or goes on to ``until``.
 
-    ``run`` is a `reference.Run` that has not begun.
+    ``run`` is a `reference.Run`, or an engine's that is led alike, that has not begun.
     """
     p = run.p
     with torch.no_grad():
-        parts = run.event_values(run.t0, run.y0)
+        parts = _parts(run.p, run.t0, run.y0)
         watch = Watch(p.events, p.direction * run.t0, parts)
         distance, number = watch.distances(_values(run, watch, run.t0, run.y0)).min(0)
     if distance <= 0:
@@ -46,8 +47,13 @@ def _fired(run, t: float, number: int, y) -> Outcome:
     return run.outcome(Status.EVENT)
 
 
+def _parts(p, t: float, y):
+    """What every event function returns at a forward time."""
+    return event_values(p.events, stage_time(p, t), p.unflatten(y))
+
+
 def _values(run, watch: Watch, t: float, y):
-    return watch.values(run.p.direction * t, run.event_values(t, y))
+    return watch.values(run.p.direction * t, _parts(run.p, t, y))
 
 
 def _states_at(run, step, times):

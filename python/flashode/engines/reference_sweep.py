@@ -22,11 +22,11 @@ import torch
 
 from ..augmented import Augmented, Gradients
 from ..control import accept, clamp_step, first_guess, initial_step, next_step, remember
-from ..errors import Status
+from ..errors import Status, StepFailure
 from ..interp import weights_at
 from ..vjp import vector_jacobian_products
+from .clock import stage_time
 from .element import combine, mean_square_norm, scaled_error, weighted_sum, wide
-from .reference import StepFailure, stage_time
 
 # A step that would pass outputs over ends at the last of them where that leaves it this share of
 # its length. With gradients to enter, passing over costs as many calls again as the step itself;

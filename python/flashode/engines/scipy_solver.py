@@ -13,10 +13,10 @@ import warnings
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, GradientWarning, Status
+from ..errors import ArgumentError, GradientWarning, Status, StepFailure
 from ..problem import Problem
-from ..solution import Outcome
-from .reference import StepFailure, stage_time
+from ..solution import Outcome, rows_of
+from .clock import stage_time
 
 # The degree of a solver's dense output, at most.
 _DEGREE = {"RK23": 3, "RK45": 4, "DOP853": 7, "Radau": 3, "BDF": 5, "LSODA": 12}
@@ -97,12 +97,8 @@ class Run:
         self.watches = False
 
     def outcome(self, status: Status) -> Outcome:
-        rows = torch.stack(self.rows)
-        missing = len(self.p.times) - len(rows)
-        if missing:
-            rows = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), math.nan)])
         return Outcome(
-            status, rows, self.nfe, len(self.accepted_times), 0, self.accepted_times, self.t, self.dt,
+            status, rows_of(self.rows, self.p), self.nfe, len(self.accepted_times), 0, self.accepted_times, self.t, self.dt,
             k=[] if self.bad_slope is None else [self.bad_slope], y1=self.y1, message=self.message,
         )  # fmt: skip
 

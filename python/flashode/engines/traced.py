@@ -94,7 +94,7 @@ def _round_up(x, dtype):
 
 
 def _seen_time(p: Problem, t, nudge, dt, bounds):
-    """`reference.stage_time`."""
+    """`clock.stage_time`."""
     dtype = p.y0.real.dtype
     if not nudge and bounds is None:
         return t.to(dtype)

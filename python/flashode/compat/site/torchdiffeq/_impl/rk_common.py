@@ -6,7 +6,9 @@ from fractions import Fraction
 
 import torch
 
-from flashode.engines.reference import Run, StepFailure, weighted_sum
+from flashode.engines.element import weighted_sum
+from flashode.engines.reference import Run
+from flashode.errors import StepFailure
 from flashode.interp import weights_at
 from flashode.methods import METHODS, Method
 from flashode.options import MAX_NUM_STEPS
