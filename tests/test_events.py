@@ -238,12 +238,16 @@ def test_without_until_a_solve_ends_at_the_step_limit():
     "y0", [torch.ones(1), f64(1.0, 2.0), torch.zeros(0)], ids=["float32", "float64", "empty"]
 )
 @pytest.mark.parametrize("reverse_time", [False, True])
-def test_a_state_at_rest_runs_out_of_time(method, y0, reverse_time):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_state_at_rest_runs_out_of_time(method, y0, reverse_time, recorded):
     """Without an error to control, steps grow until no number can hold the time."""
     field = Counted(lambda t, y: torch.zeros_like(y))
-    with pytest.raises(
-        SolveError, match=r"greatest time .* before an event.*flashode.Event\(event_fn, until="
-    ) as caught:
+    with (
+        torch.set_grad_enabled(recorded),
+        pytest.raises(
+            SolveError, match=r"greatest time .* before an event.*flashode.Event\(event_fn, until="
+        ) as caught,
+    ):
         odeint_event(
             field, y0, 0.0, event_fn=lambda t, y: y.sum() - 9, method=method, reverse_time=reverse_time
         )

@@ -29,8 +29,12 @@ def solve_until_event(run) -> Outcome:
     distance = distance.item()
     if run.t0 < p.end:
         run.start()
+    # Slopes of zero let steps grow for ever, until no number holds their times.
+    latest = torch.finfo(torch.promote_types(p.time_dtype, torch.float32)).max / 1000
     while run.t0 < p.end:
         step = run.advance()
+        if step.t1 > latest:
+            return run.outcome(Status.MAX_STEPS)
         bracket, distance = _examined(run, watch, step, distance)
         if bracket is not None:
             step.k = run.extended(step)  # once, and with a graph
