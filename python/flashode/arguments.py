@@ -333,7 +333,7 @@ def norm_result(returned, is_finite) -> float:
 
 def callbacks_of(func, method: Method):
     found = tuple(getattr(func, name, None) for name in CALLBACKS)
-    if found == (None, None, None):
+    if all(callback is None for callback in found):
         return found
     for name, callback in zip(CALLBACKS, found):
         if callback is not None and not callable(callback):
