@@ -111,3 +111,30 @@ def detest():
         )
         for p in problems
     }
+
+
+# ---- a ball thrown up ----------------------------------------------------------------------
+
+G = 9.81
+
+
+def f64(*values, **more):
+    return torch.tensor(values, dtype=torch.float64, **more)
+
+
+FORWARD, BACKWARD = f64(0, 1), f64(0, -1)
+START = f64(2, 5)  # height and velocity of a ball thrown up
+
+
+def fall(t, y):
+    return torch.stack([y[1], torch.full_like(y[1], -G)])
+
+
+def height(t, y):
+    return y[0]
+
+
+def landing(h, v, g=G):
+    """When a ball of height h and velocity v is at height 0, and its velocity there."""
+    root = (v * v + 2 * g * h) ** 0.5
+    return (v + root) / g, -root
