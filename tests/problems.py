@@ -1,7 +1,9 @@
 """Problems with known solutions, time-dependent ones first; fields that count their calls."""
 
+import io
 import json
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +113,21 @@ def detest():
         )
         for p in problems
     }
+
+
+# ---- copies --------------------------------------------------------------------------------
+
+
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+def saved(x):
+    """As torch saves and loads it."""
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 # ---- a ball thrown up ----------------------------------------------------------------------

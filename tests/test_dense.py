@@ -2,14 +2,23 @@
 
 import copy
 import gc
-import io
 import math
-import pickle
 import weakref
 
 import pytest
 import torch
-from problems import EXPLICIT, Counted, Net, Spiral, growth, growth_solution, twisted, twisted_solution
+from problems import (
+    EXPLICIT,
+    Counted,
+    Net,
+    Spiral,
+    growth,
+    growth_solution,
+    pickled,
+    saved,
+    twisted,
+    twisted_solution,
+)
 
 import flashode
 from flashode.augmented import Path
@@ -536,17 +545,6 @@ def test_one_step_after_another_without_reference_cycles(engine):
 
 
 # ---- copies ---------------------------------------------------------------------------------
-
-
-def pickled(x):
-    return pickle.loads(pickle.dumps(x))
-
-
-def saved(x):
-    buffer = io.BytesIO()
-    torch.save(x, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 COPY = pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])

@@ -421,6 +421,23 @@ def test_engines_fail_alike(field, options, status, native):
     assert b.event_t is None and b.ys[1].isnan().all() and torch.equal(b.ys[0], START)
 
 
+def test_a_stage_that_only_the_interpolant_has_is_looked_at_on_both_engines(native):
+    """dopri8 evaluates three more stages to find the time; this field is not finite in them alone."""
+
+    def field(t, y):
+        calls.append(t)
+        return fall(t, y) * (math.nan if len(calls) > regular else 1.0)
+
+    for engine in ("reference", "native"):
+        calls, regular = [], 10**9
+        call = dict(method="dopri8", options={"first_step": 2.0}, event_fn=height, engine=engine, throw=False)
+        with torch.no_grad():
+            found = solve(field, START, FORWARD, **call)
+            regular, calls = len(calls) - 3, []
+            assert found.status == Status.EVENT
+            assert solve(field, START, FORWARD, **call).status == Status.NONFINITE_FIELD
+
+
 def test_a_field_and_an_event_may_keep_and_write_what_they_are_shown(native):
     kept = []
 

@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import functools
-import io
-import pickle
 import shutil
 import sys
 import threading
@@ -12,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import EXPLICIT, Net, growth
+from problems import EXPLICIT, Net, growth, pickled, saved
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -697,18 +695,7 @@ def test_replicas_of_data_parallel_pass_gradients_to_the_module(engine, net, y0,
 # ---- pickles and processes -------------------------------------------------------------------
 
 
-def copied_by_pickle(module):
-    return pickle.loads(pickle.dumps(module))
-
-
-def copied_by_torch(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, copied_by_pickle, copied_by_torch])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @each_solve
 def test_a_model_that_has_solved_can_be_copied(y0, method, mode, copied):
     options = dict(step_size=0.3) if method == "rk4" else dict(first_step=0.1, jump_t=torch.tensor([0.4]))

@@ -81,6 +81,8 @@ class Run {
   at::Tensor recorded_rows(const Step& step, const at::Tensor& y0, const at::Tensor& basis) const;
   at::Tensor polynomial(const Step& step);
   void interpolate(const Step& step, int64_t begin, int64_t end);
+  void write_rows(const Step& step, const double* times, const at::Tensor& out);
+  bool outputs_are_unseen(const Step& step) const;
   void emit(const Step& step);
 
   // The problem, read once.
@@ -462,13 +464,11 @@ at::Tensor Run::recorded_rows(const Step& step, const at::Tensor& y0,
 // y over the step: its value at the start, and the coefficients of x, x^2, ...
 at::Tensor Run::polynomial(const Step& step) {
   extend(step);
-  // The extra stages were not seen by the error test.
-  const bool unseen = !dense_.extra_c.empty() && step.y0.is_cpu();
   const auto degree = int64_t(dense_.weights[0].size());
   if (records(step.y0, dense_.stage)) {
     const at::Tensor rows =
         recorded_rows(step, at::zeros_like(step.y0), at::eye(degree, at::kDouble));
-    if (unseen && !at::isfinite(rows).all().item<bool>()) throw StepFailure{kNonfiniteField};
+    if (outputs_are_unseen(step) && !at::isfinite(rows).all().item<bool>()) throw StepFailure{kNonfiniteField};
     return at::cat({step.y0.unsqueeze(0), rows});
   }
   std::vector<double> coef;
@@ -481,44 +481,52 @@ at::Tensor Run::polynomial(const Step& step) {
   rows.select(0, 0).copy_(step.y0);
   const bool finite = run_combine({}, terms_of(k_, dense_.stage), coef.data(), degree,
                                   rows.narrow(0, 1, degree));
-  if (unseen && !finite) throw StepFailure{kNonfiniteField};
+  if (outputs_are_unseen(step) && !finite) throw StepFailure{kNonfiniteField};
   return rows;
 }
 
 // Rows begin to end of the outputs, all inside the step: one pass over its slopes.
 void Run::interpolate(const Step& step, int64_t begin, int64_t end) {
-  const double dt = step.dt, length = step.t1 - step.t0, signed_dt = direction_ * dt;
   extend(step);
-  // The extra stages were not seen by the error test.
-  const bool unseen = !dense_.extra_c.empty() && step.y0.is_cpu() && !replaying_;
-  const int64_t rows = end - begin, stages = int64_t(dense_.stage.size());
+  const int64_t rows = end - begin;
   if (records(step.y0, dense_.stage)) {
     at::Tensor x = at::tensor(at::ArrayRef<double>(times_.data() + begin, size_t(rows)));
-    x = x.sub(step.t0).div(length);
+    x = x.sub(step.t0).div(step.t1 - step.t0);
     if (stretch_.defined()) {
       // The same quotient, with the gradients of the three times in it.
-      x = x.add(shifts_.narrow(0, begin, rows).sub(step.shift0).sub(x.mul(stretch_)).div(dt));
+      x = x.add(shifts_.narrow(0, begin, rows).sub(step.shift0).sub(x.mul(stretch_)).div(step.dt));
     }
     const int64_t degree = int64_t(dense_.weights[0].size());
     const at::Tensor powers = x.unsqueeze(1).pow(at::arange(1, degree + 1, at::kDouble));
     const at::Tensor values = recorded_rows(step, step.y0, powers);
-    if (unseen && !at::isfinite(values).all().item<bool>()) throw StepFailure{kNonfiniteField};
+    if (outputs_are_unseen(step) && !at::isfinite(values).all().item<bool>()) throw StepFailure{kNonfiniteField};
     recorded_.emplace_back(begin, values);
     return;
   }
-  std::vector<double> coef(size_t(rows * stages));
-  for (int64_t row = 0; row < rows; ++row) {
-    const std::vector<double> w = dense_.at((times_[begin + row] - step.t0) / length);
-    for (int64_t j = 0; j < stages; ++j) coef[row * stages + j] = w[j] * signed_dt;
+  write_rows(step, times_.data() + begin, ys_.narrow(0, begin, rows));
+}
+
+// The solution at times inside the step, one row each, with no graph: one pass over its slopes.
+void Run::write_rows(const Step& step, const double* times, const at::Tensor& out) {
+  std::vector<double> coef;
+  for (int64_t row = 0; row < out.size(0); ++row) {
+    for (const double w : dense_.at((times[row] - step.t0) / (step.t1 - step.t0))) {
+      coef.push_back(w * direction_ * step.dt);
+    }
   }
   bool finite;
   {
     std::optional<py::gil_scoped_release> release;
     if (step.y0.numel() >= kReleaseGil) release.emplace();
-    finite = run_combine(step.y0, terms_of(k_, dense_.stage), coef.data(), rows,
-                         ys_.narrow(0, begin, rows));
+    finite = run_combine(step.y0, terms_of(k_, dense_.stage), coef.data(), out.size(0), out);
   }
-  if (unseen && !finite) throw StepFailure{kNonfiniteField};
+  if (outputs_are_unseen(step) && !finite) throw StepFailure{kNonfiniteField};
+}
+
+// Whether values between the ends of the step have to be looked at: the extra stages were not seen
+// by the error test. On a GPU to look would be to wait.
+bool Run::outputs_are_unseen(const Step& step) const {
+  return !dense_.extra_c.empty() && step.y0.is_cpu() && !replaying_;
 }
 
 // Every output that lies in the step: its end as computed, others from the interpolant.
@@ -570,16 +578,10 @@ Step Run::advance() {
 // The solution at times inside the step last taken, one row each; nothing is recorded.
 at::Tensor Run::states_at(const Step& step, const std::vector<double>& times) {
   extend(step);
-  std::vector<double> coef;
-  for (const double t : times) {
-    for (const double w : dense_.at((t - step.t0) / (step.t1 - step.t0))) {
-      coef.push_back(w * direction_ * step.dt);
-    }
-  }
   std::vector<int64_t> shape = step.y0.sizes().vec();
   shape.insert(shape.begin(), int64_t(times.size()));
   const at::Tensor rows = at::empty(shape, step.y0.options());
-  run_combine(step.y0, terms_of(k_, dense_.stage), coef.data(), int64_t(times.size()), rows);
+  write_rows(step, times.data(), rows);
   return rows;
 }
 
@@ -666,9 +668,13 @@ py::dict steps(py::handle problem, const Table& table, const Interpolant& dense,
       return py::int_(int(failure.status));
     }
   };
-  const auto states_at = [run, last, device](const std::vector<double>& times) {
+  const auto states_at = [run, last, device](const std::vector<double>& times) -> py::object {
     const c10::OptionalDeviceGuard guard(device);
-    return wrap(run->states_at(*last, times));
+    try {
+      return wrap(run->states_at(*last, times));
+    } catch (const StepFailure& failure) {
+      return py::int_(int(failure.status));
+    }
   };
   const auto outcome = [run](int status) { return run->outcome(Status(status)); };
   using namespace py::literals;

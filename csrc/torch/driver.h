@@ -13,8 +13,8 @@ pybind11::dict solve(pybind11::handle problem, const Table& table, const Interpo
                      pybind11::object recording);
 
 // The same led from Python, step by step: functions start(), advance(), which returns (t0, t1, y1) of
-// the next accepted step, states_at(times) inside that step, and outcome(status). start and advance
-// return the number of a status where there is no next step. The tables must outlive them.
+// the next accepted step, states_at(times) inside that step, and outcome(status). The
+// first three return the number of a status where the solve cannot go on. The tables must outlive them.
 pybind11::dict steps(pybind11::handle problem, const Table& table, const Interpolant& dense,
                      pybind11::object recording);
 

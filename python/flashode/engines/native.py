@@ -97,7 +97,7 @@ class _Steps:
         """The loop keeps the slopes to itself."""
 
     def interpolate(self, step: _Step, times, shifts):
-        return list(self.loop["states_at"](times))
+        return list(self.succeeded(self.loop["states_at"](times)))
 
     def outcome(self, status: Status) -> Outcome:
         fields = self.loop["outcome"](int(status))

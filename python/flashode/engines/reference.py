@@ -16,7 +16,6 @@ import torch
 from ..control import accept, clamp_step, first_guess, initial_step, next_step, predicted_step, remember
 from ..errors import Status, StepFailure
 from ..interp import weights_at
-from ..options import MAX_NUM_STEPS
 from ..problem import Problem
 from ..solution import Landing, Outcome, rows_of
 from ..transforms import is_batched, require_readable
@@ -398,7 +397,7 @@ class Run:
             return self.adaptive_step()
         if i < len(self.grid):
             return self.fixed_step(self.grid[i], None if self.grid_shifts is None else self.grid_shifts[i])
-        if i > MAX_NUM_STEPS:
+        if i > p.max_num_steps:
             raise StepFailure(Status.MAX_STEPS)
         return self.fixed_step(self.t0 + p.control.max_step, self.shift0)
 
