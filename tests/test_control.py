@@ -8,6 +8,7 @@ from problems import Counted, Net, detest
 
 import flashode
 from flashode.control import ELEMENTARY, Controller, next_step, remember
+from flashode.problem import Problem
 
 PI, PID = (0.6, -0.2, 0.0), (0.49, -0.34, 0.10)
 controllers = pytest.mark.parametrize("name", ["pi", "pid"])
@@ -24,6 +25,14 @@ def test_the_next_step_filters_the_last_three_ratios(betas):
     r, past = 0.3, (0.7, 0.02)
     expected = 0.8 * math.prod(x ** (-b / 5) for x, b in zip((r, *past), betas))
     assert next_step(r, 0.1, control, past) == pytest.approx(0.1 * expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("name, betas", [("i", ELEMENTARY), ("pi", PI), ("pid", PID)])
+def test_controllers_have_the_published_exponents(name, betas):
+    """PI.4.2 of Söderlind; Kennedy and Carpenter's PID."""
+    t = torch.tensor([0.0, 1.0])
+    problem = Problem.from_call(van_der_pol, t, t, 1e-7, 1e-9, None, {"controller": name}, None)
+    assert problem.control.betas == pytest.approx(betas, abs=1e-15)
 
 
 def test_a_refused_step_shrinks_by_its_own_error_alone():
