@@ -111,15 +111,21 @@ FLASHODE_HD A add_term(A total, A coef, A k) {
 }
 
 template <class A>
+FLASHODE_HD A select(bool mask, A a, A b) {
+  return mask ? a : b;
+}
+
+// -0 becomes 0.
+template <class A>
 FLASHODE_HD A magnitude(A x) {
-  return x < 0 ? -x : x;
+  return x > 0 ? x : 0 - x;
 }
 
 // error / (atol + rtol * max(|y0|, |y1|)); y1 - y1 makes it NaN wherever y1 is not finite.
 template <class A>
 FLASHODE_HD A scaled_error(A error, A y0, A y1, A rtol, A atol) {
   const A a = magnitude(y0), b = magnitude(y1);
-  return error / (atol + rtol * (a > b ? a : b)) + (y1 - y1);
+  return error / (atol + rtol * select(a > b, a, b)) + (y1 - y1);
 }
 
 }  // namespace flashode
