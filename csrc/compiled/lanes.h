@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "../kernels/clock.h"
 #include "../kernels/rk.h"
 
 namespace flashode {
@@ -216,14 +217,6 @@ FLASHODE_HD Vector<T, L> operator-(const Vector<T, L>& a) {
   for (int i = 0; i < out.parts; ++i) out.part[i] = -a.part[i];
   return out;
 }
-template <class T, int L>
-FLASHODE_HD Vector<T, L> magnitude(const Vector<T, L>& x) {
-  Vector<T, L> out;
-  for (int i = 0; i < out.parts; ++i) {
-    for (int l = 0; l < out.width; ++l) out.part[i][l] = std::fabs(T(x.part[i][l]));
-  }
-  return out;
-}
 template <class T, int L>  // of a mask
 FLASHODE_HD Vector<T, L> operator!(const Vector<T, L>& mask) {
   Vector<T, L> out;
@@ -276,28 +269,30 @@ FLASHODE_HD T sum_of_lanes(const Vector<T, L>& v) {
   }
 }
 
-template <class To, class T, int L>
-FLASHODE_HD To convert(const Vector<T, L>& v) {
+// A function of one number, of every lane. Where the machine has it for vectors, or it is plain
+// arithmetic without branches, the compiler makes vectors of it.
+template <class To, class T, int L, class F>
+FLASHODE_HD To each_lane(const Vector<T, L>& v, F function) {
   T from[L];
   real_of<To> to[L];
   store(from, v);
-  for (int l = 0; l < L; ++l) to[l] = real_of<To>(from[l]);
+  for (int l = 0; l < L; ++l) to[l] = function(from[l]);
   return load_unaligned<To>(to);
+}
+
+template <class To, class T, int L>
+FLASHODE_HD To convert(const Vector<T, L>& v) {
+  return each_lane<To>(v, [](T x) { return real_of<To>(x); });
 }
 template <class V, class T, int L>  // a mask of other reals as one of V's: -1 stays -1
 FLASHODE_HD Mask<V> mask_of(const Vector<T, L>& mask) {
   return convert<Mask<V>>(mask);
 }
 
-// One number at a time, which the compiler makes one instruction of where the machine has it.
-#define FLASHODE_LANEWISE(name)                                                            \
-  template <class T, int L>                                                                \
-  FLASHODE_HD Vector<T, L> name(const Vector<T, L>& x) {                                   \
-    Vector<T, L> out;                                                                      \
-    for (int i = 0; i < out.parts; ++i) {                                                  \
-      for (int l = 0; l < out.width; ++l) out.part[i][l] = name(T(x.part[i][l]));          \
-    }                                                                                      \
-    return out;                                                                            \
+#define FLASHODE_LANEWISE(name)                                                  \
+  template <class T, int L>                                                      \
+  FLASHODE_HD Vector<T, L> name(const Vector<T, L>& v) {                         \
+    return each_lane<Vector<T, L>>(v, [](T x) { return name(x); });              \
   }
 FLASHODE_LANEWISE(floor)
 FLASHODE_LANEWISE(ceil)
@@ -305,6 +300,17 @@ FLASHODE_LANEWISE(trunc)
 FLASHODE_LANEWISE(round_even)
 FLASHODE_LANEWISE(square_root)
 #undef FLASHODE_LANEWISE
+
+template <class T, int L>
+FLASHODE_HD Vector<T, L> magnitude(const Vector<T, L>& v) {
+  return each_lane<Vector<T, L>>(v, [](T x) { return T(std::fabs(x)); });
+}
+
+// Times as the field sees them, in the type of the state T (clock.h).
+template <class T, int L>
+FLASHODE_HD Vector<double, L> round_time(const Vector<double, L>& v, int nudge) {
+  return each_lane<Vector<double, L>>(v, [=](double t) { return round_time<T>(t, nudge); });
+}
 
 #else
 

@@ -13,9 +13,9 @@ namespace flashode {
 template <class Bits>
 FLASHODE_HD Bits next_bits(Bits bits, int nudge) {
   constexpr Bits sign = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
-  if (Bits(bits & Bits(~sign)) == 0) return nudge > 0 ? Bits(1) : Bits(sign | 1);
+  const Bits away = Bits(nudge > 0 ? 1 : sign | 1);  // of a zero
   const bool negative = bits & sign;
-  return Bits(bits + ((nudge > 0) != negative ? 1 : -1));
+  return Bits(bits & Bits(~sign)) == 0 ? away : Bits(bits + ((nudge > 0) != negative ? 1 : -1));
 }
 FLASHODE_HD float next_value(float x, int nudge) { return float_of(next_bits(bits_of(x), nudge)); }
 FLASHODE_HD double next_value(double x, int nudge) { return double_of(next_bits(bits_of(x), nudge)); }
@@ -27,7 +27,8 @@ template <class T>
 FLASHODE_HD double round_time(double t, int nudge) {
   const T x = narrow<T>(wide_t<T>(t));
   const bool at_limit = double(widen(x)) == (nudge < 0 ? -INFINITY : INFINITY);
-  return double(widen(nudge == 0 || at_limit ? x : next_value(x, nudge)));
+  const T next = next_value(x, nudge);
+  return double(widen(nudge == 0 || at_limit ? x : next));
 }
 
 inline double round_time(double t, int nudge, Dtype dtype) {

@@ -111,7 +111,7 @@ FLASHODE_HD A add_term(A total, A coef, A k) {
 }
 
 template <class A>
-FLASHODE_HD A select(bool mask, A a, A b) {
+FLASHODE_HD A select(bool mask, const A& a, const A& b) {
   return mask ? a : b;
 }
 

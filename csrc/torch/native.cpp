@@ -189,7 +189,7 @@ Decision Norm::decide(at::ArrayRef<Change> states, const Quadrature* quadrature,
   const at::Tensor& like = states.front().y0;
   if (like.is_cpu()) {
     const int threads = at::get_num_threads();
-    double norm = larger(0, known);
+    double norm = larger(0.0, known);
     for (const Change& state : states) {
       norm = larger(norm, cpu::error_norm(dtype_of(state.y0), state.y0.const_data_ptr(),
                                           state.y1.const_data_ptr(), state.k, state.coef,
