@@ -1,0 +1,185 @@
+"""From a field to its program: traced, lowered, generated, compiled, loaded, and checked against the field."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..batched import BatchProblem
+from ..errors import CompileError
+from ..problem import Problem
+from . import build
+from .call import Call
+from .ir import Form
+from .layout import ROWS, WHOLE, Layout, layouts
+from .lower import Mixing, lower
+from .source import field_source
+from .tables import method_source
+from .trace import trace, trace_joint
+
+_REALS = {torch.float32: "float", torch.float64: "double"}
+_VECTOR_BYTES = 64
+_MANY_FLOPS = 20_000  # of a sample: matrix products pay for more lanes
+_TRIES = 16  # sets of inputs that may have a value for every sample
+
+
+@dataclass(eq=False)
+class Program:
+    """A compiled solve.
+
+    Attributes:
+        layout: of the state that it was made for.
+        lanes: samples that it works on together.
+        own: constants of a sample: input, position, and distance of the next sample's.
+        differentiable: numbers of the inputs that the backward pass has gradients for; None where there is no
+            backward pass.
+        lines: of the graph that it was made from, for `explain`.
+        seconds: spent on tracing, generating and compiling.
+    """
+
+    layout: Layout
+    own_clocks: bool
+    lanes: int
+    dtype: torch.dtype
+    own: list[tuple[int, int, int]]
+    differentiable: tuple[int, ...] | None
+    form: Form
+    library: build.Library
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def entries(self) -> dict:
+        """Functions of the library by name."""
+        names = ("solve", "evaluate", "reverse", "pull_back")
+        suffix = "_batch" if self.own_clocks else ""
+        found = {}
+        for name in names if self.differentiable is not None else names[:2]:
+            function = getattr(self.library.functions, f"flashode_{name}{suffix}")
+            function.argtypes, function.restype = [ctypes.POINTER(Call)], ctypes.c_int
+            found[name] = function
+        return found
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether it serves states of another number of samples."""
+        return (
+            self.layout.kind == layout.kind
+            and self.layout.of_one == layout.of_one
+            and lanes_for(layout, self.form, self.dtype) == self.lanes
+        )
+
+
+def lanes_for(layout: Layout, form: Form, dtype: torch.dtype) -> int:
+    """How many samples to work on together: whole vectors, and two of them where there are samples enough, to
+    have something to do while one waits for the other."""
+    if layout.kind == WHOLE or layout.samples == 1:
+        return 1
+    vector = _VECTOR_BYTES // dtype.itemsize
+    if layout.samples <= vector:
+        return vector
+    if form.flops["slope"] >= _MANY_FLOPS and layout.samples >= 3 * vector:
+        return 3 * vector
+    return 2 * vector
+
+
+def assemble(problem: Problem, func, gradients: bool) -> tuple[Program, tuple[torch.Tensor, ...]]:
+    """The program for a problem, and the tensors that its field captured.
+
+    Args:
+        func: the user's own, uncompiled.
+        gradients: whether there is to be a backward pass.
+
+    Raises:
+        CompileError: where func cannot be traced or generated.
+    """
+    began = time.perf_counter()
+    batched = isinstance(problem, BatchProblem)
+
+    def flat(t, y):
+        return problem.slope(func(t, problem.unflatten(y), *problem.args))
+
+    t, y = _example(problem)
+    traced = trace(flat, t, y)
+    inputs = traced.inputs
+    if gradients:
+        traced = trace_joint(flat, t, y, inputs)
+    seconds = {"trace": time.perf_counter() - began}
+    began = time.perf_counter()
+    layout, form = _lowered(problem, traced, t, y, gradients)
+    lanes = lanes_for(layout, form, y.dtype)
+    fields = field_source(form, _REALS[y.dtype], lanes, batched, gradients)
+    text = _HEAD + fields.text + method_source(problem.method, problem.dense) + "}  // namespace\n\n"
+    text += _entries(batched, gradients)
+    seconds["generate"] = time.perf_counter() - began
+    began = time.perf_counter()
+    library = build.load(text)
+    seconds["compile"] = time.perf_counter() - began
+    differentiable = tuple(i for i, x in enumerate(inputs) if x.requires_grad) if gradients else None
+    return Program(layout, batched, lanes, y.dtype, fields.own, differentiable, form, library, seconds), inputs
+
+
+def _example(problem: Problem):
+    """A time and a state as func sees them."""
+    if isinstance(problem, BatchProblem):
+        t = (problem.direction * problem.times[:, 0]).reshape(problem.time_shape).to(problem.y0.dtype)
+    else:
+        t = torch.tensor(problem.direction * problem.times[0], dtype=problem.y0.dtype)
+    return t, problem.y0.detach().contiguous()
+
+
+def _lowered(problem: Problem, traced, t, y, gradients) -> tuple[Layout, Form]:
+    """The first layout in which samples are apart, and the form of one of them."""
+    refused = None
+    for layout in layouts(problem):
+        owners = layout.owners().reshape(y.shape)
+        times = torch.zeros((), dtype=torch.int64)
+        if isinstance(problem, BatchProblem):
+            times = torch.arange(1, layout.samples + 1).reshape(t.shape)
+        shapes = [tuple(x.shape) for x in traced.inputs]
+        for own_axes in _own_axes(layout, shapes):
+            try:
+                form = lower(
+                    traced.graph, traced.constants, traced.lines, times, owners, owners if gradients else None,
+                    shapes, own_axes,
+                )  # fmt: skip
+                return layout, form
+            except Mixing as error:
+                refused = refused or error
+    if isinstance(problem, BatchProblem):
+        raise CompileError(
+            f"{refused}; options['batched'] solves samples on their own: solve without it, or change func"
+        ) from refused
+    raise refused
+
+
+def _own_axes(layout: Layout, shapes):
+    """Along which axes of which inputs samples may lie: along none, or where the size fits."""
+    yield {}
+    if layout.kind == WHOLE or layout.samples == 1:
+        return
+    axis = 0 if layout.kind == ROWS else -1
+    fitting = [i for i, s in enumerate(shapes) if s and s[axis] == layout.samples]
+    subsets = (c for n in range(len(fitting), 0, -1) for c in itertools.combinations(fitting, n))
+    for chosen in itertools.islice(subsets, _TRIES):
+        yield {i: axis % len(shapes[i]) for i in chosen}
+
+
+_HEAD = '#include "program.h"\n\nusing namespace flashode;\n\nnamespace {\n\n'
+
+
+def _entries(own_clocks: bool, gradients: bool) -> str:
+    """The functions that are called from Python."""
+    suffix = "_batch" if own_clocks else ""
+    lines = []
+    for name in ("solve", "evaluate") + (("reverse", "pull_back") if gradients else ()):
+        template = "Field, Method" if name in ("solve", "reverse") else "Field"
+        lines.append(f'extern "C" int flashode_{name}{suffix}(Call* call) {{ return {name}{suffix}<{template}>(*call); }}')
+    lines += [
+        'extern "C" void flashode_release(void* recording) { release<Field>(recording); }',
+        'extern "C" int64_t flashode_call_size() { return sizeof(Call); }',
+    ]
+    return "\n".join(lines) + "\n"
