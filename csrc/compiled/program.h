@@ -2,5 +2,5 @@
 #pragma once
 
 #include "evaluate.h"
-//#include "own_clocks.h"
+#include "own_clocks.h"
 #include "solve.h"
