@@ -3,4 +3,5 @@
 
 #include "evaluate.h"
 #include "own_clocks.h"
+#include "product.h"
 #include "solve.h"

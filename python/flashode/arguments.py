@@ -8,6 +8,7 @@ from __future__ import annotations
 import cmath
 import difflib
 import math
+import operator
 import numbers
 import warnings
 
@@ -160,20 +161,27 @@ def forward_times(t, name) -> tuple[list[float], float]:
     require_values(name, t)
     require_readable(t, f"the check of {name}")
     values = t.tolist()
+    direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
+    forward = values if direction > 0 else [-value for value in values]
+    ascending = all(map(operator.lt, forward, forward[1:]))
+    if not (ascending and math.isfinite(forward[0]) and math.isfinite(forward[-1])):
+        _require_ordered(name, values, forward)
+    return forward, direction
+
+
+def _require_ordered(name, values, forward):
+    """Names the times at fault."""
     for i, value in enumerate(values):
         if not math.isfinite(value):
             raise ArgumentError(
                 f"{name} must be finite and strictly increasing or decreasing, got {name}[{i}] = {value}"
             )
-    direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
-    forward = [direction * value for value in values]
     for i in range(1, len(forward)):
         if forward[i] <= forward[i - 1]:
             raise ArgumentError(
                 f"{name} must be strictly increasing or decreasing, got {name}[{i - 1}] = "
                 f"{values[i - 1]!r} and {name}[{i}] = {values[i]!r}"
             )
-    return forward, direction
 
 
 def initial_time(t0, y0) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
@@ -22,8 +23,8 @@ class Landing(IntEnum):
 class Stats:
     """What a solve cost.
 
-    ``accepted_times`` are the ends of the accepted steps on the caller's clock; ``accepted`` and
-    ``rejected`` count steps, ``nfe`` calls of ``func``.
+    ``accepted`` and ``rejected`` count steps, ``nfe`` calls of ``func``; ``forward_times`` are the ends of the
+    accepted steps on a clock that runs forward, ``direction * t``.
     """
 
     engine: str
@@ -31,7 +32,13 @@ class Stats:
     nfe: int = 0
     accepted: int = 0
     rejected: int = 0
-    accepted_times: list[float] = field(default_factory=list, repr=False)
+    forward_times: Sequence[float] = field(default=(), repr=False)
+    direction: float = field(default=1.0, repr=False)
+
+    @property
+    def accepted_times(self) -> list[float]:
+        """The ends of the accepted steps on the caller's clock."""
+        return [self.direction * t for t in self.forward_times]
 
 
 @dataclass(eq=False)  # Tensors have no one answer to ==
@@ -100,7 +107,7 @@ class Outcome:
     nfe: int = 0
     accepted: int = 0
     rejected: int = 0
-    accepted_times: list[float] = field(default_factory=list)
+    accepted_times: Sequence[float] = ()
     t: float = math.nan
     dt: float = math.nan
     error_ratio: float = math.nan
@@ -127,7 +134,8 @@ def finish(problem, outcome: Outcome, engine: str, throw: bool) -> Solution:
         nfe=outcome.nfe,
         accepted=outcome.accepted,
         rejected=outcome.rejected,
-        accepted_times=[problem.direction * t for t in outcome.accepted_times],
+        forward_times=outcome.accepted_times,
+        direction=problem.direction,
     )
     if not outcome.status.ok:
         if throw:  # held by no variable here: a traceback would hold its error, and the state, in a circle

@@ -51,6 +51,7 @@ class Program:
     form: Form
     library: build.Library
     seconds: dict[str, float] = field(default_factory=dict)
+    states: dict[int, State] = field(default_factory=dict)
 
     @cached_property
     def entries(self) -> dict:
@@ -64,6 +65,19 @@ class Program:
             found[name] = function
         return found
 
+    def placed(self, problem: Problem) -> State:
+        """Addresses of what a call says of where numbers lie; the same for all solves of as many samples."""
+        samples = self.samples_of(problem)
+        if samples not in self.states:
+            self.states[samples] = State(self, problem, samples)
+        return self.states[samples]
+
+    def samples_of(self, problem: Problem) -> int:
+        if self.layout.kind == WHOLE:
+            return 1
+        shape = problem.y0.shape if problem.shapes is None else problem.shapes[0]
+        return shape[0 if self.layout.kind == ROWS else -1]
+
     def fits(self, layout: Layout) -> bool:
         """Whether it serves states of another number of samples."""
         return (
@@ -71,6 +85,23 @@ class Program:
             and self.layout.of_one == layout.of_one
             and lanes_for(layout, self.form, self.dtype) == self.lanes
         )
+
+
+class State:
+    """Where the numbers of states of one size lie, as arrays in memory and their addresses."""
+
+    def __init__(self, program: Program, problem: Problem, samples: int):
+        shapes = (problem.y0.shape,) if problem.shapes is None else problem.shapes
+        layout = Layout(program.layout.kind, samples, tuple(tuple(s) for s in shapes))
+        self.samples = samples
+        positions, steps = ([own[i] for own in program.own] for i in (1, 2))
+        named = zip(
+            ("offset", "stride", "members", "own_offset", "own_stride"),
+            (*layout.places(), layout.members, positions, steps),
+        )
+        self.memory = {name: (ctypes.c_int64 * max(1, len(x)))(*x) for name, x in named}
+        for name, memory in self.memory.items():
+            setattr(self, name, ctypes.addressof(memory))
 
 
 def lanes_for(layout: Layout, form: Form, dtype: torch.dtype) -> int:
@@ -86,12 +117,12 @@ def lanes_for(layout: Layout, form: Form, dtype: torch.dtype) -> int:
     return 2 * vector
 
 
-def assemble(problem: Problem, func, gradients: bool) -> tuple[Program, tuple[torch.Tensor, ...]]:
+def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Tensor, ...]]:
     """The program for a problem, and the tensors that its field captured.
 
     Args:
         func: the user's own, uncompiled.
-        gradients: whether there is to be a backward pass.
+        gradients: whether there is to be a backward pass, a function of the captured tensors.
 
     Raises:
         CompileError: where func cannot be traced or generated.
@@ -105,6 +136,7 @@ def assemble(problem: Problem, func, gradients: bool) -> tuple[Program, tuple[to
     t, y = _example(problem)
     traced = trace(flat, t, y)
     inputs = traced.inputs
+    gradients = gradients(inputs)
     if gradients:
         traced = trace_joint(flat, t, y, inputs)
     seconds = {"trace": time.perf_counter() - began}
@@ -113,7 +145,7 @@ def assemble(problem: Problem, func, gradients: bool) -> tuple[Program, tuple[to
     lanes = lanes_for(layout, form, y.dtype)
     fields = field_source(form, _REALS[y.dtype], lanes, batched, gradients)
     text = _HEAD + fields.text + method_source(problem.method, problem.dense) + "}  // namespace\n\n"
-    text += _entries(batched, gradients)
+    text += _entries(batched, gradients) + "\n}  // namespace flashode\n"
     seconds["generate"] = time.perf_counter() - began
     began = time.perf_counter()
     library = build.load(text)
@@ -139,12 +171,11 @@ def _lowered(problem: Problem, traced, t, y, gradients) -> tuple[Layout, Form]:
         times = torch.zeros((), dtype=torch.int64)
         if isinstance(problem, BatchProblem):
             times = torch.arange(1, layout.samples + 1).reshape(t.shape)
-        shapes = [tuple(x.shape) for x in traced.inputs]
-        for own_axes in _own_axes(layout, shapes):
+        for own_axes in _own_axes(layout, [tuple(x.shape) for x in traced.inputs]):
             try:
                 form = lower(
                     traced.graph, traced.constants, traced.lines, times, owners, owners if gradients else None,
-                    shapes, own_axes,
+                    traced.inputs, own_axes,
                 )  # fmt: skip
                 return layout, form
             except Mixing as error:
@@ -168,7 +199,7 @@ def _own_axes(layout: Layout, shapes):
         yield {i: axis % len(shapes[i]) for i in chosen}
 
 
-_HEAD = '#include "program.h"\n\nusing namespace flashode;\n\nnamespace {\n\n'
+_HEAD = '#include "program.h"\n\nnamespace flashode {\nnamespace {\n\n'
 
 
 def _entries(own_clocks: bool, gradients: bool) -> str:

@@ -47,7 +47,7 @@ def lower(graph, constants, lines, t, y, adj, inputs, own_axes) -> Form:
         lines: for messages, the line of the user's code that each node comes from.
         t, y, adj: `given` arrays of sample numbers: for each element of the placeholder the sample that it
             belongs to, counted from 1, or 0; ``adj`` is None for a graph without.
-        inputs: shapes of the other placeholders.
+        inputs: tensors of the other placeholders. Values are read of whole numbers alone, which are indices.
         own_axes: by number, the axis of an input along which samples lie.
 
     Raises:
@@ -61,7 +61,7 @@ class _Lowering:
     def __init__(self, graph, constants, lines, t, y, adj, inputs, own_axes):
         self.graph, self.constants, self.lines = graph, constants, lines
         self.given = {"t": t, "y": y} | ({} if adj is None else {"adj": adj})
-        self.input_shapes, self.own_axes = inputs, own_axes
+        self.inputs, self.own_axes = inputs, own_axes
         self.samples = max(1, int(y.max())) if y.numel() else 1
         self.stride = self.samples + 1
         self.arrays: list[Array] = []
@@ -135,7 +135,7 @@ class _Lowering:
     # ---- the graph -------------------------------------------------------------------------
 
     def run(self) -> Form:
-        values, placeholders = {}, iter([*self.given, *range(len(self.input_shapes))])
+        values, placeholders = {}, iter([*self.given, *range(len(self.inputs))])
         used = _used(self.graph)
         for node in self.graph.nodes:
             if node not in used and node.op != "placeholder":
@@ -168,23 +168,26 @@ class _Lowering:
             else:
                 slots[:] = a.slots
             return Codes(torch.from_numpy((slots * self.stride + flat).reshape(samples.shape)))
-        shape = tuple(self.input_shapes[which])
+        x = self.inputs[which]
+        shape, boolean = tuple(x.shape), x.dtype == torch.bool
+        if not boolean and not x.is_floating_point():
+            return x
         if which not in self.own_axes:
-            a = self.array(math.prod(shape), Kind.PREPARED, f"input {which}")
-            return Codes(torch.from_numpy((a.slots * self.stride).reshape(shape)))
+            a = self.array(x.numel(), Kind.PREPARED, f"input {which}", boolean=boolean)
+            return Codes(torch.from_numpy((a.slots * self.stride).reshape(shape)), boolean)
         places = np.arange(math.prod(shape)).reshape(shape)
         rows = np.moveaxis(places, self.own_axes[which], 0)
         numbers = rows[0].reshape(-1)
         step = (rows[1] - rows[0]).reshape(-1) if len(rows) > 1 else np.zeros_like(numbers)
-        a = self.array(numbers.size, Kind.LANES, f"own {which}")
+        a = self.array(numbers.size, Kind.LANES, f"own {which}", boolean=boolean)
         self.own[which] = (numbers, step)
         codes = a.slots.reshape(rows.shape[1:])[None] * self.stride + np.arange(1, len(rows) + 1).reshape(
             -1, *[1] * (len(shape) - 1)
         )
-        return Codes(torch.from_numpy(np.ascontiguousarray(np.moveaxis(codes, 0, self.own_axes[which]))))
+        return Codes(torch.from_numpy(np.ascontiguousarray(np.moveaxis(codes, 0, self.own_axes[which]))), boolean)
 
     def collect(self, outputs) -> dict[str, np.ndarray]:
-        names = ["f"] if "adj" not in self.given else ["f", "of_y", "of_t", *(f"of input {i}" for i in range(len(self.input_shapes)))]
+        names = ["f"] if "adj" not in self.given else ["f", "of_y", "of_t", *(f"of input {i}" for i in range(len(self.inputs)))]
         collected = {}
         for name, value in zip(names, outputs):
             if value is None:
@@ -196,7 +199,7 @@ class _Lowering:
                 collected[name] = self.of_every_sample(slots, samples, shape, name)
             elif name.startswith("of input") and int(name[9:]) in self.own_axes:
                 i = int(name[9:])
-                places = np.moveaxis(np.arange(slots.size).reshape(tuple(self.input_shapes[i])), self.own_axes[i], 0)
+                places = np.moveaxis(np.arange(slots.size).reshape(tuple(self.inputs[i].shape)), self.own_axes[i], 0)
                 each = np.empty(slots.size, np.int64)
                 each[places.reshape(len(places), -1)] = np.arange(1, len(places) + 1)[:, None]
                 collected[f"of own {i}"] = self.of_every_sample(slots, samples, each, name)
@@ -241,7 +244,7 @@ class _Lowering:
     def call(self, target, args, kwargs):
         if target is operator.getitem:
             return args[0][args[1]]
-        name = target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else str(target)
+        name = target._schema.name.split("::")[-1] if hasattr(target, "_schema") else str(target)
         if not any(isinstance(x, Codes) for x in _flat((args, list(kwargs.values())))):
             if torch.Tag.nondeterministic_seeded in target.tags:
                 raise self.refusal(f"random numbers ({name})", "draw them before the solve and let func read them")
@@ -255,7 +258,7 @@ class _Lowering:
             return self.move(target, args, kwargs)
         if name in POINTWISE:
             return self.pointwise(name, *args, **kwargs)
-        raise self.refusal(f"no code can be generated for aten::{target._schema.name.removeprefix('aten::')}")
+        raise self.refusal(f"no code can be generated for {target._schema.name}")
 
     def move(self, target, args, kwargs):
         boolean = next(x.boolean for x in _flat((args, list(kwargs.values()))) if isinstance(x, Codes))
@@ -427,6 +430,10 @@ class _Lowering:
         q = self.pointwise("div", x, y)
         return q if rounding_mode is None else self.pointwise(rounding_mode, q)
 
+    def do_hypot(self, x, y):
+        squares = [self.pointwise("square", self.as_codes(v)) for v in (x, y)]
+        return self.pointwise("sqrt", self.pointwise("add", *squares))
+
     def do_remainder(self, x, y):
         whole = self.pointwise("floor", self.pointwise("div", x, y))
         return self.pointwise("sub", x, self.pointwise("mul", whole, y))
@@ -523,6 +530,12 @@ class _Lowering:
     def do_mean(self, x, dim=None, keepdim=False, dtype=None):
         total = self.reduce("sum", x, dim, keepdim)
         return self.pointwise("mul", total, total.codes.numel() / x.codes.numel())
+
+    def do_var(self, x, dim=None, correction=1, keepdim=False, **_):
+        mean = self.do_mean(x, dim, True)
+        total = self.reduce("sum", self.pointwise("square", self.pointwise("sub", x, mean)), dim, keepdim)
+        count = x.codes.numel() // max(1, total.codes.numel())
+        return self.pointwise("mul", total, 1 / max(count - (1 if correction is None else correction), 0))
 
     def do_amax(self, x, dim=(), keepdim=False):
         return self.reduce("maximum", x, dim, keepdim)
@@ -739,7 +752,7 @@ class _Lowering:
 
 
 def _name(node) -> str:
-    return node.target._schema.name.removeprefix("aten::") if hasattr(node.target, "_schema") else ""
+    return node.target._schema.name.split("::")[-1] if hasattr(node.target, "_schema") else ""
 
 
 def _used(graph) -> set:

@@ -1,0 +1,289 @@
+"""Solves by programs of compiled fields: a whole solve is one call, and so is its backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+from array import array
+
+import torch
+
+from .. import transforms
+from ..augmented import Path
+from ..batched import BatchOutcome, BatchProblem
+from ..errors import ArgumentError, Status, StepFailure
+from ..problem import Problem
+from ..program import CompiledField, Program
+from ..program.call import Call, Interrupted, Returned
+from ..progress import Progress
+from ..solution import Outcome
+from . import reference
+
+_POINTER = ctypes.c_void_p
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this engine cannot serve a problem, or None."""
+    p = problem
+    if not isinstance(p.func, CompiledField):
+        return "func is not compiled; pass flashode.compile(func)"
+    if p.method.family != "explicit":
+        return f"no programs are generated for {p.method.name}"
+    if p.y0.dtype not in (torch.float32, torch.float64):
+        return f"no programs are generated for {p.y0.dtype} states"
+    if p.y0.device.type != "cpu":
+        return f"no programs are generated for {p.y0.device} yet"
+    if p.dtypes is not None and len(set(p.dtypes)) > 1:
+        return "the members of y0 have different dtypes"
+    if p.events:
+        return "event functions are Python, and are not called from programs"
+    if any(callback is not None for callback in p.callbacks):
+        what = "a progress bar" if isinstance(p.callbacks[0], Progress) else "callbacks"
+        return f"{what} cannot be called from programs"
+    if p.norm is not None:
+        return "options['norm'] is Python, and is not called from programs"
+    if type(p.y0) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        return "y0 is a tensor subclass, or a dispatch mode is active"
+    return transforms.active()
+
+
+def solve(problem: Problem, recording=None) -> Outcome:
+    """Integrates through all output times. Outputs carry the gradients of the discrete solve."""
+    if isinstance(recording, Path):
+        raise ArgumentError("the compiled engine keeps no dense output: solve with func itself, uncompiled")
+    program, inputs = problem.func.program(problem)
+    if program.differentiable is None:
+        return _Run(problem, program, inputs).solve(records=False)
+    return _recorded(problem, program, inputs)
+
+
+def solve_batch(problem: BatchProblem) -> BatchOutcome:
+    """Integrates every sample through its output times."""
+    return solve(problem)
+
+
+# ---- calls ---------------------------------------------------------------------------------
+
+
+@Interrupted
+def _interrupted() -> int:
+    """Whether Ctrl-C was pressed; a program that is told so ends at once."""
+    try:
+        ctypes.pythonapi.PyErr_CheckSignals()
+    except BaseException as error:
+        _Run.interruption = error
+        return 1
+    return 0
+
+
+class _Run:
+    """One problem as a program is called with it. Keeps alive what the call points to."""
+
+    interruption: BaseException | None = None
+
+    def __init__(self, problem: Problem, program: Program, inputs):
+        self.p, self.program = problem, program
+        self.batched = isinstance(problem, BatchProblem)
+        self.call, self.kept = Call(), []
+        self.inputs = [self.array(x, program.dtype) for x in inputs]
+        self.set_state()
+        self.set_control()
+        self.set_times()
+        self.set_results()
+
+    def array(self, x: torch.Tensor, dtype) -> torch.Tensor:
+        """Contiguous memory with the values of a tensor."""
+        x = x.detach().to("cpu", dtype).contiguous()
+        self.kept.append(x)
+        return x
+
+    def numbers(self, values, of=ctypes.c_double) -> int:
+        memory = (of * max(1, len(values)))(*values)
+        self.kept.append(memory)
+        return ctypes.addressof(memory)
+
+    def set_state(self):
+        call, p, program = self.call, self.p, self.program
+        state = program.placed(p)
+        self.y0 = self.array(p.y0, program.dtype)
+        self.ys = torch.empty((self.outputs, *p.y0.shape), dtype=program.dtype)
+        self.y_end = torch.empty_like(self.y0)
+        call.samples, call.row = state.samples, p.y0.numel()
+        call.offset, call.stride, call.members = state.offset, state.stride, state.members
+        call.member_count = len(p.norm_offsets) - 1
+        call.y0, call.ys, call.y_end = self.y0.data_ptr(), self.ys.data_ptr(), self.y_end.data_ptr()
+        call.inputs = self.numbers([x.data_ptr() for x in self.inputs], _POINTER)
+        call.own = self.numbers([self.inputs[i].data_ptr() for i, _, _ in program.own], _POINTER)
+        call.own_offset, call.own_stride = state.own_offset, state.own_stride
+
+    @property
+    def outputs(self) -> int:
+        return self.p.times.shape[1] if self.batched else len(self.p.times)
+
+    def set_control(self):
+        call, p = self.call, self.p
+        for name in ("rtol", "atol"):
+            value = getattr(p, name)
+            if isinstance(value, torch.Tensor):
+                setattr(call, f"each_{name}", self.array(value, self.program.dtype).data_ptr())
+            else:
+                setattr(call, name, value)
+        control = p.control
+        call.safety, call.ifactor, call.dfactor = control.safety, control.ifactor, control.dfactor
+        call.min_step, call.max_step = control.min_step, control.max_step
+        call.betas = tuple(control.betas)
+        call.first_step = math.nan if p.first_step is None else p.first_step
+        call.max_num_steps, call.perturb = p.max_num_steps, p.perturb
+        call.threads = torch.get_num_threads()
+        call.interrupted = _interrupted
+
+    def set_times(self):
+        call, p = self.call, self.p
+        call.outputs = self.outputs
+        if self.batched:
+            shared = p.times.stride(0) == 0
+            self.times = self.array(p.times[:1] if shared else p.times, torch.float64)
+            call.times_stride = 0 if shared else self.outputs
+            directions = self.array(p.direction, torch.float64)
+            low, high = (self.array(x, torch.float64) for x in p.time_bounds)
+            call.direction, call.low, call.high = directions.data_ptr(), low.data_ptr(), high.data_ptr()
+            call.end = math.inf
+        else:
+            self.times = self.array(p.t if p.direction > 0 else -p.t, torch.float64)
+            call.direction, low, high = (self.numbers([x]) for x in (p.direction, *p.time_bounds))
+            call.low, call.high = low, high
+            call.end = p.end
+            call.stop_count = len(p.stops)
+            if p.stops:
+                call.stops = self.numbers([t for t, _ in p.stops])
+                call.stop_jumps = self.numbers([jumps for _, jumps in p.stops], ctypes.c_uint8)
+        call.times = self.times.data_ptr()
+        if p.grid is not None:
+            grid = self.array(p.grid, torch.float64)
+            call.grid, call.grid_points = grid.data_ptr(), len(grid)
+
+    def set_results(self):
+        n = self.call.samples if self.batched else 1
+        self.whole, self.real = torch.empty((4, n), dtype=torch.int64), torch.empty((3, n), dtype=torch.float64)
+        for row, name in zip(self.whole, ("status", "accepted", "rejected", "filled")):
+            setattr(self.call, name, row.data_ptr())
+        for row, name in zip(self.real, ("t", "dt", "error_ratio")):
+            setattr(self.call, name, row.data_ptr())
+
+    def execute(self, name: str):
+        """Calls an entry of the program."""
+        returned = self.program.entries[name](ctypes.byref(self.call))
+        if returned == Returned.INTERRUPTED:
+            error, _Run.interruption = _Run.interruption, None
+            raise error or KeyboardInterrupt
+        if returned == Returned.OUT_OF_MEMORY:
+            raise MemoryError(
+                "not enough memory for the steps of this solve, which its backward pass needs: solve under "
+                "torch.no_grad(), or fewer samples at a time"
+            )
+
+    def solve(self, records: bool):
+        self.call.records = records
+        try:
+            self.execute("solve")
+            return self.batch_outcome() if self.batched else self.outcome()
+        finally:
+            if not records:
+                self.release()
+
+    def release(self):
+        """Gives back what the program has allocated."""
+        if self.call.recording:
+            self.program.library.functions.flashode_release(_POINTER(self.call.recording))
+            self.call.recording = None
+
+    def outcome(self) -> Outcome:
+        (status,), (accepted,), (rejected,), _ = self.whole.tolist()
+        (t,), (dt,), (error_ratio,) = self.real.tolist()
+        times = array("d")
+        if accepted:
+            times.frombytes(ctypes.string_at(self.call.accepted_times, times.itemsize * accepted))
+        outcome = Outcome(
+            Status(status), self.ys, self.call.nfe, accepted, rejected, times, t, dt, error_ratio, y1=self.y_end
+        )
+        if not outcome.status.ok:
+            self.find_culprit(outcome)
+        return outcome
+
+    def batch_outcome(self) -> BatchOutcome:
+        (status, accepted, rejected, filled), (t, dt, error_ratio) = self.whole, self.real
+        return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
+
+    def find_culprit(self, outcome: Outcome):
+        """The slopes of the last trial step: taken again, uncompiled, from the last good state."""
+        run = reference.Run(self.p)
+        run.t0, run.y0 = outcome.t, self.y_end
+        with torch.no_grad(), contextlib.suppress(StepFailure):
+            f0 = run.call(run.t0, run.y0)
+            outcome.k, outcome.y1 = [f0], run.y0
+            if math.isfinite(outcome.dt) and outcome.dt > 0 and torch.isfinite(f0).all():
+                outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + outcome.dt, outcome.dt, None)
+
+
+# ---- gradients -----------------------------------------------------------------------------
+
+
+def _recorded(problem: Problem, program: Program, inputs):
+    """A solve whose outputs carry gradients, by one backward program."""
+    result = []
+    differentiable = [inputs[i] for i in program.differentiable]
+    ys = _Solve.apply(problem, program, inputs, result, problem.y0, problem.t, problem.grid, *differentiable)
+    (outcome,) = result
+    outcome.ys = ys
+    return outcome
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem, program, inputs, result, y0, t, grid, *differentiable):
+        run = _Run(problem, program, inputs)
+        try:
+            outcome = run.solve(records=True)
+        except BaseException:
+            run.release()
+            raise
+        result.append(outcome)
+        ctx.run, ctx.times = _Held(run), t
+        ctx.save_for_backward(*inputs)  # autograd says so where one is written to in between
+        return outcome.ys
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_ys):
+        ctx.saved_tensors
+        run = ctx.run.run
+        call, p, program = run.call, run.p, run.program
+        grad_ys = run.array(grad_ys, program.dtype)
+        adj_y0 = torch.zeros_like(run.y0)
+        needs_t = any(ctx.needs_input_grad[5:7])
+        grads = [torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(run.inputs)]
+        call.grad_ys, call.adj_y0 = grad_ys.data_ptr(), adj_y0.data_ptr()
+        call.grad_inputs = run.numbers([None if g is None else g.data_ptr() for g in grads], _POINTER)
+        of_own = [grads[i] for i, _, _ in program.own]
+        call.grad_own = run.numbers([None if g is None else g.data_ptr() for g in of_own], _POINTER)
+        grad_t = torch.zeros_like(run.times) if needs_t else None
+        grad_grid = torch.zeros(len(p.grid), dtype=torch.float64) if needs_t and p.grid is not None else None
+        call.grad_t = None if grad_t is None else grad_t.data_ptr()
+        call.grad_grid = None if grad_grid is None else grad_grid.data_ptr()
+        run.execute("reverse")
+        grads = [g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors) if g is not None]
+        if grad_t is not None:
+            direction = p.direction[: len(grad_t), None] if run.batched else p.direction
+            grad_t = (direction * grad_t).reshape(ctx.times.shape).to(ctx.times)
+        return None, None, None, None, adj_y0.reshape(p.y0.shape), grad_t, grad_grid, *grads
+
+
+class _Held:
+    """A run whose recorded steps are given back with the graph that holds them."""
+
+    def __init__(self, run: _Run):
+        self.run = run
+
+    def __del__(self):
+        self.run.release()
