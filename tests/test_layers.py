@@ -21,6 +21,8 @@ LAYERS = [
     ["problem"],
     ["augmented"],
     ["solution"],
+    ["program/__init__"],
+    ["program/call", "program/tables"],
     ["engines/element", "engines/clock", "engines/krylov"],
     ["engines/stages"],
     ["batched", "dense", "engines/reference_events"],

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "evaluate.h"
-//#include "own_clocks.h"
+#include "own_clocks.h"
 #include "product.h"
 #include "pull_back.h"
 #include "reverse.h"

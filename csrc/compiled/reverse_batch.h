@@ -3,30 +3,10 @@
 #pragma once
 
 #include "backward.h"
-#include "record.h"
+#include "own_clocks.h"
 #include "step_back.h"
 
 namespace flashode {
-
-// A step of every lane's clock.
-template <class Field>
-struct OwnClocks {
-  using Real = typename Field::Real;
-  using V = StateOf<Field>;
-  OneClock<Field> of_lane[Field::lanes];
-
-  V step() const {
-    V h;
-    for (int l = 0; l < Field::lanes; ++l) set_lane(h, l, Real(of_lane[l].direction * of_lane[l].dt));
-    return h;
-  }
-  V time(double c, int nudge) const {
-    V t = zero<V>();
-    if (!Field::timed) return t;
-    for (int l = 0; l < Field::lanes; ++l) set_lane(t, l, of_lane[l].time(c, nudge));
-    return t;
-  }
-};
 
 // The way of one tile after another back through its own steps.
 template <class Field, class Method>
@@ -75,7 +55,7 @@ class ReverseBatch {
   void reverse_step(const TileRecord<Field>& steps, int64_t n) {
     place(steps, n);
     const auto has_row = [&](int l) {
-      return n < count_[l] && row_[l] >= 0 && times(l)[row_[l]] > clocks_.of_lane[l].t0;
+      return n < count_[l] && row_[l] >= 0 && times(l)[row_[l]] > lane(clocks_.t0, l);
     };
     bool dense = false;
     for (int l = 0; l < live_; ++l) {
@@ -98,16 +78,14 @@ class ReverseBatch {
   void place(const TileRecord<Field>& steps, int64_t n) {
     int mate = 0;
     while (n >= count_[mate]) ++mate;
+    const auto& of = steps.times(n);
     V part;
     for (int l = 0; l < L; ++l) {
-      const bool moves = n < count_[l];
-      const int from = moves ? l : mate;
-      const int64_t sample = first_ + from;
-      const auto& of = steps.times(n);
-      clocks_.of_lane[l] = {of.t0[from],           of.t1[from],       of.dt[from],
-                            call_.direction[sample], call_.low[sample], call_.high[sample]};
-      set_lane(part, l, Real(moves));
+      const int from = n < count_[l] ? l : mate;
+      place_lane(l, first_ + from, of.t0[from], of.t1[from], of.dt[from]);
+      set_lane(part, l, Real(from == l));
     }
+    clocks_.signed_dt = convert<V>(clocks_.direction * clocks_.dt);
     const auto moving = part > Real(0);
     const auto settle = [&](const V* from, int64_t count, V* to) {
       for (int64_t i = 0; i < count; ++i) to[i] = select(moving, from[i], splat<V>(lane(from[i], mate)));
@@ -117,10 +95,16 @@ class ReverseBatch {
     settle(own_, Field::own, back_.own);
   }
 
+  void place_lane(int l, int64_t sample, double t0, double t1, double dt) {
+    set_lane(clocks_.t0, l, t0), set_lane(clocks_.t1, l, t1), set_lane(clocks_.dt, l, dt);
+    set_lane(clocks_.direction, l, call_.direction[sample]);
+    set_lane(clocks_.low, l, call_.low[sample]), set_lane(clocks_.high, l, call_.high[sample]);
+  }
+
   // Whether the next output of a lane is the result of its step: `Reverse::is_result`.
   bool is_result(int l) const {
     const bool moves = call_.grad_t && row_[l] + 1 < call_.outputs;
-    return times(l)[row_[l]] == clocks_.of_lane[l].t1 && !moves;
+    return times(l)[row_[l]] == lane(clocks_.t1, l) && !moves;
   }
 
   void add_cotangent(int l, int64_t row, V* adj) const {
@@ -138,8 +122,8 @@ class ReverseBatch {
     clear(adj_output_, Field::width);
     for (int l = 0; l < live_; ++l) {
       if (!has_row(l)) continue;
-      const OneClock<Field>& clock = clocks_.of_lane[l];
-      set_lane(x, l, Real((times(l)[row_[l]] - clock.t0) / (clock.t1 - clock.t0)));
+      const double t0 = lane(clocks_.t0, l), t1 = lane(clocks_.t1, l);
+      set_lane(x, l, Real((times(l)[row_[l]] - t0) / (t1 - t0)));
       add_cotangent(l, row_[l], adj_output_);
     }
     const V moved = back_.add_output(x, adj_output_);
@@ -156,7 +140,7 @@ class ReverseBatch {
   void move_ends(int l) const {
     const int64_t last = call_.outputs - 1;
     add_time(l, 0, lane(back_.start, l));
-    add_time(l, clocks_.of_lane[l].t1 == times(l)[last] ? last : 0, lane(back_.end, l));
+    add_time(l, lane(clocks_.t1, l) == times(l)[last] ? last : 0, lane(back_.end, l));
   }
   void add_time(int l, int64_t row, Real moved) const {
     if (call_.grad_t) grad_t_of(call_, chunk_, first_ + l)[row] += double(moved);
@@ -178,9 +162,8 @@ class ReverseBatch {
     load_state<Field>(call_, first_, call_.y0, y0_);
     for (int64_t r = 0; r < Field::own; ++r) back_.own[r] = own_[r];
     for (int l = 0; l < L; ++l) {
-      const int64_t sample = first_ + (l < live_ ? l : 0);
-      const double t = *times(l < live_ ? l : 0);
-      clocks_.of_lane[l] = {t, t, 0, call_.direction[sample], call_.low[sample], call_.high[sample]};
+      const int from = l < live_ ? l : 0;
+      place_lane(l, first_ + from, *times(from), *times(from), 0);
     }
     back_.evaluate(0, clocks_.time(0, 0), y0_);
   }

@@ -44,7 +44,10 @@ class Call(ctypes.Structure):
         *((name, c_void_p) for name in ("t", "dt", "error_ratio")),
         ("nfe", c_int64),
         *((name, c_void_p) for name in ("accepted_times", "recording")),
-        *((name, c_void_p) for name in ("grad_ys", "adj_y0", "grad_inputs", "grad_own", "grad_t", "grad_grid")),
+        *(
+            (name, c_void_p)
+            for name in ("grad_ys", "adj_y0", "grad_inputs", "grad_own", "grad_t", "grad_grid")
+        ),
     ]
 
 
