@@ -18,15 +18,16 @@ from flashode.program.tables import method_source
 
 HEADERS = Path(flashode.__file__).parents[2] / "csrc" / "compiled"
 ENTRIES = """
-extern "C" int64_t flashode_call_size() { return sizeof(flashode::Call); }
-extern "C" int flashode_solve(flashode::Call* call) { return flashode::solve<Field, Method>(*call); }
-extern "C" int flashode_reverse(flashode::Call* call) { return flashode::reverse<Field, Method>(*call); }
-extern "C" int flashode_reverse_batch(flashode::Call* call) {
-  return flashode::reverse_batch<Field, Method>(*call);
-}
-extern "C" int flashode_pull_back(flashode::Call* call) { return flashode::pull_back<Field>(*call); }
-extern "C" int flashode_pull_back_batch(flashode::Call* call) { return flashode::pull_back_batch<Field>(*call); }
-extern "C" void flashode_release(void* recording) { flashode::release<Field>(recording); }
+extern "C" int64_t flashode_call_size() { return sizeof(Call); }
+extern "C" int flashode_solve(Call* call) { return solve<Field, Method>(*call); }
+extern "C" int flashode_reverse(Call* call) { return reverse<Field, Method>(*call); }
+extern "C" int flashode_pull_back(Call* call) { return pull_back<Field>(*call); }
+extern "C" int flashode_pull_back_batch(Call* call) { return pull_back_batch<Field>(*call); }
+extern "C" void flashode_release(void* recording) { release<Field>(recording); }
+"""
+BATCH_ENTRIES = """
+extern "C" int flashode_solve_batch(Call* call) { return solve_batch<Field, Method>(*call); }
+extern "C" int flashode_reverse_batch(Call* call) { return reverse_batch<Field, Method>(*call); }
 """
 FLAGS = "-O1 -march=native -fopenmp -fPIC -shared -std=c++17 -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
 
@@ -37,9 +38,10 @@ def _folder():
 
 
 @functools.cache
-def compiled(field: str, problem_method, dense, more: str = "") -> ctypes.CDLL:
-    """The program of a field, the text of its struct, and a method."""
-    source = f'#include "program.h"\nusing namespace flashode;\nnamespace {{\n{field}\n{method_source(problem_method, dense)}}}\n{ENTRIES}{more}'
+def compiled(field: str, method, dense) -> ctypes.CDLL:
+    """The program of a field, given as the text of its struct, and a method."""
+    source = f'#include "program.h"\nusing namespace flashode;\nnamespace {{\n{field}\n{method_source(method, dense)}}}\n'
+    source += ENTRIES + BATCH_ENTRIES * method.adaptive
     name = Path(_folder().name) / hashlib.sha256(source.encode()).hexdigest()[:16]
     name.with_suffix(".cpp").write_text(source)
     command = ["g++", *FLAGS, f"-I{HEADERS}", name.with_suffix(".cpp"), "-o", name.with_suffix(".so")]

@@ -248,3 +248,38 @@ def test_stops_do_not_move_and_steps_end_on_them():
     options = {"step_t": torch.tensor([0.4, 0.7], dtype=F64)} | JUMPS
     found, expected, _ = gradients("driven", times(rows=3), options=options)
     assert_equal(found, expected)
+
+
+# ---- samples with clocks of their own ----------------------------------------------------------
+
+BATCHED = {"batched": True}
+
+
+def own_times(samples, direction, repeats=False):
+    """Every other sample goes the other way; ends that repeat are outputs like others."""
+    t = torch.stack([(1 + 0.3 * b / samples) * times(direction * (-1) ** b) for b in range(samples)])
+    return torch.cat([t[:, :1], t, t[:, -1:]], 1) if repeats else t
+
+
+@pytest.mark.parametrize("repeats", [False, True], ids=["", "repeats"])
+@pytest.mark.parametrize("direction", [1, -1], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", ["oscillator", "driven"])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_samples_with_clocks_of_their_own(method, name, direction, repeats):
+    t = own_times(6, direction, repeats)
+    # Steps do not land on the jump: before it all is smooth.
+    t = t / 4 if name == "driven" else t
+    for needs_time in (True, False):
+        found, expected, (ys, reference) = gradients(
+            name, t, method=method, samples=6, options=BATCHED, needs_time=needs_time
+        )
+        assert_equal([ys], [reference])
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 33])
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_any_number_of_clocks(samples, lanes):
+    for name in ("linear", "oscillator"):
+        found, expected, _ = gradients(name, times(rows=12), samples=samples, lanes=lanes, options=BATCHED)
+        assert_equal(found, expected)
