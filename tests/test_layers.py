@@ -34,7 +34,7 @@ LAYERS = [
     ["program/__init__"],
     ["engines/reference", "engines/native"],
     ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/scipy_solver"],
-    ["engines/reference_batched", "engines/native_batched"],
+    ["engines/reference_batched", "engines/native_batched", "engines/compiled"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart", "adjoint/first_only"],
     ["adjoint/reached"],

@@ -350,3 +350,33 @@ def test_known_numbers_may_be_read():
         return y * float(weights.sum()) if weights[0] > 0 else y
 
     check(func)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        linear(2, 2),
+        nn.Tanh(),
+        nn.Sigmoid(),
+        nn.ReLU(),
+        nn.SiLU(),
+        nn.Softplus(),
+        nn.Softplus(beta=3.0, threshold=1.0),
+        nn.GELU(),
+        nn.ELU(),
+        nn.LayerNorm(2, dtype=F64),
+        nn.Bilinear(2, 2, 2, dtype=F64),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_have_the_values_and_derivatives_of_torch(layer):
+    y = torch.cat([state(), torch.tensor([[30.0, -30.0], [0.0, 1000.0]], dtype=F64)])
+    pair = isinstance(layer, nn.Bilinear)
+    check(lambda t, y: layer(y, y) if pair else layer(y), y, inputs=len(list(layer.parameters())))
+
+
+@pytest.mark.parametrize("name", ["addmm", "baddbmm"])
+def test_products_are_scaled_as_torch_does(name):
+    shape = (3, 2, 2) if name == "baddbmm" else (2, 2)
+    function, weight = getattr(torch, name), torch.randn(shape, dtype=F64)
+    check(lambda t, y: function(y, y, weight, beta=2.0, alpha=0.5), torch.randn(shape, dtype=F64), inputs=1)

@@ -63,6 +63,19 @@ def trace_joint(func: Callable, t: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
     return _twice(func, {"t": t, "y": y, "adj": torch.ones_like(y)}, inputs)
 
 
+class _Weighted(torch.autograd.Function):
+    """``adj . f``, as far as its derivative goes: given the weights, torch would import SymPy to look at them."""
+
+    @staticmethod
+    def forward(ctx, f, adj):
+        ctx.adj = adj
+        return f.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, one):
+        return ctx.adj, None
+
+
 def _derivatives(f, t, y, adj, inputs, replaced) -> list[Tensor | None]:
     """Those of ``adj . f`` by y, t and the inputs; recorded, because the recorder is at work."""
     results: list[Tensor | None] = [None] * (2 + len(inputs))
@@ -70,7 +83,7 @@ def _derivatives(f, t, y, adj, inputs, replaced) -> list[Tensor | None]:
         return results
     wanted = {i: replaced.get(id(x), (x, x))[1] for i, x in enumerate((y, t, *inputs)) if x.requires_grad}
     originals = [x for x, _ in replaced.values()]
-    grads = torch.autograd.grad(f, [*wanted.values(), *originals], adj, allow_unused=True)
+    grads = torch.autograd.grad(_Weighted.apply(f, adj), [*wanted.values(), *originals], allow_unused=True)
     if any(g is not None for g in grads[len(wanted) :]):
         raise CompileError(
             "func cannot be compiled for gradients: it gives a captured tensor that is a result, or has hooks, to a "
