@@ -48,6 +48,10 @@ class ArgumentTypeError(TypeError, AssertionError):
     """An argument, or what ``func`` returned, is of a type that cannot be used."""
 
 
+class CompileError(ArgumentError):
+    """A field that `flashode.compile` cannot make a program of, or that could not be built."""
+
+
 class GradientWarning(UserWarning):
     """Gradients of `odeint_adjoint` may be wrong, or lack a tensor that ``func`` uses."""
 

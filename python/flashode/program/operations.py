@@ -78,6 +78,40 @@ DECOMPOSITIONS = {
     ),
 }  # fmt: skip
 
+# ... and some that are common, so that torch's own need not be loaded: these take a second to import what
+# they are written with.
+def _softplus(x, beta=1, threshold=20):
+    z = x if beta == 1 else x * beta
+    return torch.where(z > threshold, x, z.exp().log1p() / beta)
+
+
+def _softplus_backward(grad, x, beta, threshold):
+    z = x if beta == 1 else x * beta
+    return torch.where(z > threshold, grad, grad * z.sigmoid())
+
+
+def _silu_backward(grad, x):
+    s = x.sigmoid()
+    return grad * (s * (1 + x * (1 - s)))
+
+
+def _sum_of(c, product, beta, alpha):
+    product = product if alpha == 1 else product * alpha
+    return product + (c if beta == 1 else c * beta)
+
+
+DECOMPOSITIONS |= {
+    aten.addmm.default: lambda c, a, b, *, beta=1, alpha=1: _sum_of(c, aten.mm(a, b), beta, alpha),
+    aten.baddbmm.default: lambda c, a, b, *, beta=1, alpha=1: _sum_of(c, aten.bmm(a, b), beta, alpha),
+    aten.threshold_backward.default: lambda grad, x, threshold: torch.where(x <= threshold, 0.0, grad),
+    aten.sigmoid_backward.default: lambda grad, y: grad * (y * (1 - y)),
+    aten.tanh_backward.default: lambda grad, y: grad * (1 - y * y),
+    aten.silu.default: lambda x: x * x.sigmoid(),
+    aten.silu_backward.default: _silu_backward,
+    aten.softplus.default: _softplus,
+    aten.softplus_backward.default: _softplus_backward,
+}
+
 # Shapes: done on the slots themselves, by ATen.
 SHAPES = frozenset(
     """permute t transpose expand expand_as slice select unsqueeze squeeze cat stack clone alias

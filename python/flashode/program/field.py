@@ -1,0 +1,195 @@
+"""`compile`, and the field that it gives: one that solves by programs, and is func in all else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+
+import torch
+from torch import nn
+
+from ..arguments import kind_of
+from ..errors import ArgumentTypeError
+from .assemble import Program, assemble
+from .captured import Captured, Walk
+
+# Programs that a field holds: for states of other shapes, modes and values that it was solved with.
+PROGRAMS = 64
+# Of a Module, what belongs to calls of it: a field calls func, and func brings its own.
+_OF_CALLS = ("_forward_", "_backward_")
+
+
+def compile(func) -> CompiledField:
+    """Makes a field of which `odeint` and the others solve whole problems as one compiled program.
+
+    The first solve of a kind calls ``func`` three times, or five where gradients are wanted (twice more where
+    func writes to tensors of its own), with slightly varied states; from what it does to them C++ is generated
+    and compiled, which takes seconds the first time and is kept on disk. Later solves do not call func at all:
+    parameters and other tensors that it reads are looked up before every solve, so an optimizer may change
+    them or put others in their place. Where Python values that it reads have changed, it is recorded again.
+
+    Args:
+        func: callable as ``func(t, y)``; a function or a Module. What it computes may depend on shapes, on
+            Python values and on tensors, but it must not choose what to do by the numbers in tensors, and must
+            not draw random ones.
+
+    Returns:
+        A `CompiledField`. It can be called as ``func`` can. Compiling it again gives it back.
+
+    Raises:
+        ArgumentTypeError: ``func`` is not callable.
+        CompileError: at the first solve, what cannot be compiled, with the line of func.
+
+    Example::
+
+        @flashode.compile
+        def oscillator(t, y):
+            return torch.stack([y[..., 1], -y[..., 0]], -1)
+
+        ys = flashode.odeint(oscillator, torch.randn(1000, 2), torch.linspace(0, 10, 11))
+    """
+    if isinstance(func, CompiledField):
+        return func
+    if not callable(func) or isinstance(func, type):
+        given = (
+            f"the class {func.__name__}; give an instance of it" if isinstance(func, type) else kind_of(func)
+        )
+        raise ArgumentTypeError(f"func must be callable as func(t, y), got {given}")
+    return CompiledField(func)
+
+
+class CompiledField(nn.Module):
+    """A field that is solved by programs; made by `flashode.compile`.
+
+    Where ``func`` is a Module, its parameters, buffers and submodules are those of the field, under the same
+    names; other attributes are those of ``func`` in any case. Copies and pickles have ``func`` alone: their
+    programs are made, or found on disk, anew.
+
+    Attributes:
+        func: what was compiled.
+    """
+
+    def __init__(self, func):
+        super().__init__()
+        own = vars(self)
+        if isinstance(func, nn.Module):
+            own.update({k: v for k, v in vars(func).items() if k in own and not k.startswith(_OF_CALLS)})
+        elif isinstance(func, types.FunctionType):
+            for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+                own[name] = getattr(func, name)
+        own["__wrapped__"] = func
+        own["_programs"]: dict[tuple, list[tuple[Program, Captured]]] = {}
+        own["_lock"] = threading.RLock()
+        own["func"] = func  # not as a submodule, which would put its name before those of parameters
+
+    def forward(self, *args, **kwargs):
+        return self.func(*args, **kwargs)
+
+    # ---- programs --------------------------------------------------------------------------
+
+    def program(self, problem) -> tuple[Program, tuple[torch.Tensor, ...]]:
+        """The program for a problem, made unless there is one, and the tensors of now that it reads.
+
+        Raises CompileError.
+        """
+        key = self._key(problem)
+        with self._lock:
+            for program, captured in self._programs.get(key, ()):
+                tensors = captured.current(problem.args)
+                if tensors is not None:
+                    return program, tensors
+            walk = Walk(self.func, problem.args)
+            program, tensors = assemble(problem, self.func, _wants_gradients(problem))
+            self._hold(key, program, walk.captured(tensors))
+            return program, tensors
+
+    def _key(self, problem) -> tuple:
+        """What a program is made for, beside what func refers to.
+
+        Whole shapes are in it, as func may compute with them. Where it does not, the generated source is the same
+        for more samples, and so is the library.
+        """
+        y0 = problem.y0
+        kind = (type(problem), problem.method.name, problem.dense)
+        state = (y0.shape, problem.shapes, problem.dtypes, y0.dtype, y0.device)
+        return kind, state, torch.is_grad_enabled() and (y0.requires_grad, problem.differentiates_time)
+
+    def _hold(self, key, program, captured):
+        if sum(map(len, self._programs.values())) >= PROGRAMS:
+            self._programs.pop(next(iter(self._programs)))  # the oldest kind
+        self._programs.setdefault(key, []).append((program, captured))
+
+    # ---- func in all else ------------------------------------------------------------------
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "func" not in vars(self):
+                raise
+            return getattr(self.func, name)
+
+    def __setattr__(self, name, value):
+        if "func" in vars(self) and name not in vars(self):
+            setattr(self.func, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def training(self) -> bool:
+        return getattr(vars(self).get("func"), "training", vars(self).get("training", True))
+
+    @training.setter
+    def training(self, mode: bool):
+        vars(self)["training"] = mode
+
+    def train(self, mode: bool = True):
+        if not isinstance(self.func, nn.Module):
+            return super().train(mode)
+        self.func.train(mode)
+        return self
+
+    def apply(self, fn):
+        if not isinstance(self.func, nn.Module):
+            return super().apply(fn)
+        self.func.apply(fn)
+        return self
+
+    def _apply(self, fn, recurse=True):
+        if not isinstance(self.func, nn.Module):
+            return super()._apply(fn, recurse)
+        self.func._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        own = self.func if isinstance(self.func, nn.Module) else super()
+        own._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        own = self.func if isinstance(self.func, nn.Module) else super()
+        own._load_from_state_dict(*args, **kwargs)
+
+    def __repr__(self):
+        return f"CompiledField({self.func!r})"
+
+    def __reduce__(self):
+        name = vars(self).get("__qualname__")
+        if name is not None and self._is_global():
+            return name  # pickled as a function is, by where it stands
+        return compile, (self.func,)
+
+    def _is_global(self) -> bool:
+        """Whether func's own name leads to the field, as where `compile` decorated it."""
+        found = sys.modules.get(self.func.__module__)
+        for part in self.func.__qualname__.split("."):
+            found = getattr(found, part, None)
+        return found is self
+
+
+def _wants_gradients(problem):
+    """Whether there is to be a backward pass, once the tensors are known that the field reads."""
+    if not torch.is_grad_enabled():
+        return lambda inputs: False
+    known = problem.y0.requires_grad or problem.differentiates_time
+    return lambda inputs: known or any(x.requires_grad for x in inputs)
