@@ -72,13 +72,12 @@ FLASHODE_HD Vector<T, L> operator>>(const Vector<T, L>& x, int count) {
 // -ffp-contract=fast fuses what is written as a product and a sum, and the reductions count on it.
 template <class T, int L>
 FLASHODE_HD Vector<T, L> fused(const Vector<T, L>& a, const Vector<T, L>& b, const Vector<T, L>& c) {
-  Vector<T, L> out;
-  for (int i = 0; i < out.parts; ++i) {
-    for (int l = 0; l < out.width; ++l) {
-      out.part[i][l] = std::fma(T(a.part[i][l]), T(b.part[i][l]), T(c.part[i][l]));
-    }
-  }
-  return out;
+  T x[L], y[L], z[L];
+  store(x, a);
+  store(y, b);
+  store(z, c);
+  for (int l = 0; l < L; ++l) z[l] = std::fma(x[l], y[l], z[l]);
+  return load_unaligned<Vector<T, L>>(z);
 }
 
 // sum_k c[k] x^k, even and odd powers apart, which halves the chain of multiply-adds.
