@@ -24,7 +24,9 @@ class Contest:
     """One thing that several contestants compute.
 
     Attributes:
-        contestants: ``run(func)`` by name, each returning a Tensor or a sequence of them.
+        contestants: ``run(func)`` by name, each returning a Tensor or a sequence of them. One that counts
+            otherwise than by calls of ``func`` has ``stats()``, which gives ``nfe`` and ``steps``; one
+            in another process has ``seconds_of(number)``, which times so many runs there.
         truth: computes the right answer; not timed.
         bound: largest difference from the truth at which a contestant is timed, relative to the
             largest entry of the truth.
@@ -32,6 +34,7 @@ class Contest:
         at: arguments ``(t, y)`` for timing ``func`` on its own; the cost of a solver per call of
             ``func`` is what it takes beyond that.
         moved: bytes that have to be moved, from the number of calls of ``func``.
+        flops: the field's arithmetic operations, from the number of calls of ``func``.
         yardsticks: ``run()`` by name; timed among the contestants, not compared. Speeds are
             relative to the first yardstick, or if there is none to the first contestant.
         grad: whether gradients are recorded.
@@ -45,6 +48,7 @@ class Contest:
     func: Callable | None = None
     at: tuple | None = None
     moved: Callable[[int | None], int] | None = None
+    flops: Callable[[int | None], int] | None = None
     yardsticks: dict[str, Callable] = field(default_factory=dict)
     grad: bool = False
     within: Callable = contextlib.nullcontext

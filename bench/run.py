@@ -62,24 +62,32 @@ def check(contest: Contest) -> dict:
     truth, rows = contest.truth(), {}
     for name, run in contest.contestants.items():
         func = None if contest.func is None else Counted(contest.func)
-        rows[name] = {"difference": difference(run(func), truth), "nfe": func.calls if func else None}
+        row = {"difference": difference(run(func), truth), "nfe": (func.calls or None) if func else None}
+        rows[name] = row | getattr(run, "stats", dict)()
     return rows
 
 
 @dataclass
 class Timer:
-    """How to time: ``clock`` in seconds, ``wait`` until the device is idle, and when to stop."""
+    """How to time: ``clock`` in seconds, ``wait`` until the device is idle, and when to stop.
+
+    Short runs are repeated until a turn takes ``turn`` seconds, so that it is long beside the clock and
+    the wait.
+    """
 
     clock: Callable = time.perf_counter
     wait: Callable = lambda: None
     repeats: int = 25
     seconds: float = 40
+    turn: float = 2e-3
 
 
 def interleave(runs: dict, timer: Timer) -> dict:
     """Seconds per run of each, turn by turn; less than ``repeats`` turns when ``seconds`` run out."""
 
     def timed(run, number):
+        if hasattr(run, "seconds_of"):
+            return run.seconds_of(number) / number
         timer.wait()
         begin = timer.clock()
         for _ in range(number):
@@ -87,8 +95,9 @@ def interleave(runs: dict, timer: Timer) -> dict:
         timer.wait()
         return (timer.clock() - begin) / number
 
-    # Short runs are repeated, so that a turn is long beside the clock and the wait.
-    numbers = {name: max(1, round(2e-3 / min(timed(run, 1) for _ in range(2)))) for name, run in runs.items()}
+    numbers = {
+        name: max(1, round(timer.turn / min(timed(run, 1) for _ in range(2)))) for name, run in runs.items()
+    }
     turns = {name: [] for name in runs}
     begin = time.perf_counter()
     for turn in range(timer.repeats):
@@ -107,8 +116,7 @@ def measure(contest: Contest, timer: Timer) -> dict:
         report = {"name": contest.name, "bound": contest.bound, "refused": refused, "rows": rows}
         if refused:
             return report
-        runs = {name: lambda run=run: run(contest.func) for name, run in contest.contestants.items()}
-        runs = contest.yardsticks | runs
+        runs = contest.yardsticks | {name: _ready(run, contest) for name, run in contest.contestants.items()}
         calls = list(rows.values())[-1]["nfe"]
         if contest.at:
             runs["func alone"] = lambda: _call(contest.func, contest.at, calls)
@@ -128,7 +136,14 @@ def measure(contest: Contest, timer: Timer) -> dict:
             row["us_per_call"], beyond = 1e6 * per_call, nfe * per_call
         if contest.moved and name != "func alone":
             row["gb_per_s"] = contest.moved(nfe) / beyond / 1e9
+        if contest.flops:
+            row["gflop_per_s"] = contest.flops(nfe) / median / 1e9
     return report
+
+
+def _ready(run, contest):
+    """What is timed of a contestant; one in another process has the field there."""
+    return run if hasattr(run, "seconds_of") else lambda: run(contest.func)
 
 
 def _call(func, arguments, calls):
@@ -192,8 +207,6 @@ def pinned(threads: int, device: str):
 
 # ---- the table -----------------------------------------------------------------------------
 
-_HEAD = ["contest", "contestant", "calls", "median", "25%", "75%", "us/call", "GB/s", "speed", "off_by"]
-_LINE = "{:<18} {:<11} {:>6} {:>9} {:>9} {:>9} {:>8} {:>6} {:>7} {:>8}"
 _LEGEND = """
 us/call: solver cost per call of func beyond the call itself. speed: times as fast as the
 first line of the contest. off_by: largest difference from a more accurate answer.
@@ -205,43 +218,101 @@ def _time(seconds):
     return f"{seconds / scale:.{2 if seconds < 100 * scale else 1}f} {unit}"
 
 
-def show(report: dict):
-    """The lines of one contest; a dash where a figure makes no sense."""
+def _duration(key):
+    return lambda row: _time(row["seconds"][key]) if "seconds" in row else "-"
 
-    def number(row, key, form):
+
+def _number(key, form):
+    def cell(row):
         value = row.get(key)
         return "-" if value is None else format(value, ".0f" if form == ".2f" and value >= 1000 else form)
 
-    name = report["name"]
-    for contestant, row in report["rows"].items():
-        seconds = row.get("seconds")
-        times = [_time(seconds[key]) for key in ("median", "q1", "q3")] if seconds else ["-"] * 3
-        print(_LINE.format(
-            name, contestant, number(row, "nfe", "d"), *times, number(row, "us_per_call", ".2f"),
-            number(row, "gb_per_s", ".1f"), number(row, "speed", ".2f"), number(row, "difference", ".1e"),
-        ), flush=True)  # fmt: skip
-        name = ""
-    for contestant in report["refused"]:
-        off, bound = report["rows"][contestant]["difference"], report["bound"]
-        print(f"  REFUSED, not timed: {contestant} is off by {off:.1e}, {bound:.1e} is allowed", flush=True)
+    return cell
+
+
+# Width and cell by heading; a dash where a figure makes no sense.
+COLUMNS = {
+    "calls": (6, _number("nfe", "d")),
+    "steps": (7, _number("steps", ".0f")),
+    "median": (9, _duration("median")),
+    "25%": (9, _duration("q1")),
+    "75%": (9, _duration("q3")),
+    "us/call": (8, _number("us_per_call", ".2f")),
+    "GB/s": (6, _number("gb_per_s", ".1f")),
+    "GFLOP/s": (7, _number("gflop_per_s", ".1f")),
+    "speed": (7, _number("speed", ".2f")),
+    "off_by": (8, _number("difference", ".1e")),
+}
+
+
+@dataclass
+class Table:
+    """Contests as lines of text: the widths of their names and of contestants', and the columns."""
+
+    widths: tuple[int, int] = (18, 11)
+    headings: tuple[str, ...] = ("calls", "median", "25%", "75%", "us/call", "GB/s", "speed", "off_by")
+
+    def line(self, name, contestant, cells):
+        first, second = self.widths
+        cells = [f"{cell:>{COLUMNS[heading][0]}}" for heading, cell in zip(self.headings, cells)]
+        print(" ".join([f"{name:<{first}}", f"{contestant:<{second}}", *cells]), flush=True)
+
+    def head(self):
+        self.line("contest", "contestant", self.headings)
+
+    def show(self, report: dict):
+        name = report["name"]
+        for contestant, row in report["rows"].items():
+            self.line(name, contestant, [COLUMNS[heading][1](row) for heading in self.headings])
+            name = ""
+        for contestant in report["refused"]:
+            off, bound = report["rows"][contestant]["difference"], report["bound"]
+            print(
+                f"  REFUSED, not timed: {contestant} is off by {off:.1e}, {bound:.1e} is allowed", flush=True
+            )
 
 
 # ---- the command ---------------------------------------------------------------------------
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", nargs="*", help=f"of {', '.join(CASES)}; all by default")
+def parser_of(doc: str, cases) -> argparse.ArgumentParser:
+    """The arguments that all tables of contests share."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("case", nargs="*", help=f"of {', '.join(cases)}; all by default")
     parser.add_argument("--quick", action="store_true", help="small sizes and 3 turns: does it run?")
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, help="turns of each contest (default 25; 3 if quick)")
     parser.add_argument("--seconds", type=float, default=40, help="after which a contest has turns enough")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
+
+
+def parsed(parser, arguments, cases):
+    """The arguments, with ``case`` in the order of ``cases`` whichever were asked for, and their `Timer`."""
     args = parser.parse_args(arguments)
-    if unknown := set(args.case) - set(CASES):
-        parser.error(f"no case named {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    timer = Timer(repeats=max(2, args.repeats or (3 if args.quick else 25)), seconds=args.seconds)
+    if unknown := set(args.case) - set(cases):
+        parser.error(f"no case named {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
+    args.case = [name for name in cases if name in args.case or not args.case]
+    return args, Timer(repeats=max(2, args.repeats or (3 if args.quick else 25)), seconds=args.seconds)
+
+
+def compete(contests, document: dict, timer: Timer, table: Table, file: Path | None) -> int:
+    """Measures ``(case, contest)`` after ``(case, contest)`` into the document; the number refused."""
+    table.head()
+    for case, contest in contests:
+        report = {"case": case} | measure(contest, timer)
+        table.show(report)
+        document["contests"].append(report)
+        if file:  # after every contest, in case a time limit ends the run
+            text = json.dumps(document, indent=1) + "\n"
+            file.write_text(text.replace(": Infinity", ": 1e999"))  # JSON has no infinity
+    return sum(bool(report["refused"]) for report in document["contests"])
+
+
+def main(arguments=None) -> int:
+    parser = parser_of(__doc__, CASES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args, timer = parsed(parser, arguments, CASES)
     if args.device == "cuda":
         timer.wait = torch.cuda.synchronize
     elif args.threads == 1:
@@ -252,17 +323,9 @@ def main(arguments=None) -> int:
     }  # fmt: skip
     document = surroundings(args.device) | {"settings": settings, "contests": []}
     print(headline(document))
-    print(_LINE.format(*_HEAD))
+    contests = ((case, contest) for case in args.case for contest in CASES[case](args.device, args.quick))
     with pinned(args.threads, args.device):
-        for case in [name for name in CASES if name in args.case or not args.case]:
-            for contest in CASES[case](args.device, args.quick):
-                report = {"case": case} | measure(contest, timer)
-                show(report)
-                document["contests"].append(report)
-                if args.json:  # after every contest, in case a time limit ends the run
-                    text = json.dumps(document, indent=1) + "\n"
-                    args.json.write_text(text.replace(": Infinity", ": 1e999"))  # JSON has no infinity
-    refused = sum(bool(report["refused"]) for report in document["contests"])
+        refused = compete(contests, document, timer, Table(), args.json)
     print(_LEGEND, f"{len(document['contests'])} contests, {refused} refused", sep="\n")
     return int(refused > 0)
 

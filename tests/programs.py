@@ -122,7 +122,7 @@ class Solved:
         return self.of(torch.tensor(list(values), dtype=torch.int64))
 
     def pointers(self, tensors):
-        return self.numbers([0 if x is None else x.data_ptr() for x in tensors])
+        return self.numbers([0 if x is None else self.of(x) for x in tensors])
 
     def gradients(self, grad_ys, needs_time=True, entry="reverse"):
         """To y0, the times (on a grid of fixed steps: the grid), the shared inputs, and the constants."""

@@ -1,5 +1,6 @@
 """The benchmark harness: what it reports, and that it refuses to time an unequal result."""
 
+import ast
 import importlib
 import json
 import math
@@ -19,8 +20,8 @@ def run(monkeypatch):
     """The module bench/run.py."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module("run")
-    for name in ("run", "cases"):
-        sys.modules.pop(name)
+    for name in ("run", "cases", "workloads", "compiled"):
+        sys.modules.pop(name, None)
 
 
 def decay(run, **contestants):
@@ -135,6 +136,104 @@ def test_gradients_are_measured_and_drawn(tmp_path):
     assert max(errors[-1]) < 1e-3 < max(errors[0])
     image = read(tmp_path / "deep" / "g.png")
     assert image.shape[0] > 500 and (image[:, :, :3].min(axis=-1) < 0.3).mean() > 0.005
+
+
+def test_compiled_fields_are_contestants_with_calls_of_their_own(run, monkeypatch, tmp_path, capsys):
+    class Unseen(torch.nn.Module):  # calls of it are none of the field's that is counted
+        def __init__(self, field):
+            super().__init__()
+            self.field = field
+
+        def forward(self, t, y):
+            return self.field(t, y)
+
+    monkeypatch.setattr(run.flashode, "compile", Unseen, raising=False)
+    compiled, report = importlib.import_module("compiled"), tmp_path / "report.json"
+    assert compiled.main(["spiral", "train", "--quick", "--repeats", "2", "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert "Without --jax-python, diffrax is left out." in out
+    assert max(map(len, out.splitlines())) <= 100
+
+    spiral, train = json.loads(report.read_text())["contests"]
+    rows = spiral["rows"]
+    assert list(rows) == ["torchdiffeq", "native", "compiled"]
+    assert rows["compiled"]["nfe"] == rows["native"]["nfe"] == 6 * rows["native"]["steps"] + 2
+    assert rows["torchdiffeq"]["nfe"] == 6 * rows["torchdiffeq"]["steps"] + 2
+    assert list(train["rows"]) == [
+        f"{name}{mode}" for mode in ("", " adjoint") for name in ("torchdiffeq", "native", "compiled")
+    ]
+    assert train["rows"]["torchdiffeq adjoint"]["nfe"] > train["rows"]["torchdiffeq"]["nfe"]
+    for contest in (spiral, train):
+        assert all(row["difference"] <= contest["bound"] for row in contest["rows"].values())
+
+
+def test_a_field_that_cannot_be_compiled_is_said_to_be_left_out(run, monkeypatch, capsys):
+    def refuse(field):
+        raise NotImplementedError("no fields today")
+
+    monkeypatch.setattr(run.flashode, "compile", refuse, raising=False)
+    compiled = importlib.import_module("compiled")
+    assert compiled.main(["spiral", "--quick", "--repeats", "2"]) == 0
+    said = capsys.readouterr()
+    assert "compiled spiral is left out: NotImplementedError: no fields today" in said.err
+    assert "native" in said.out
+
+
+def test_every_workload_has_twins_for_diffrax_and_a_name(run):
+    module = importlib.import_module("workloads")
+    workloads = [w for make in module.WORKLOADS.values() for w in make(True)]
+    assert len({w.name for w in workloads}) == len(workloads) >= len(module.WORKLOADS)
+    tables = {
+        node.targets[0].id: [key.value for key in node.value.keys]
+        for node in ast.parse((BENCH / "diffrax_worker.py").read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+    }
+    assert set(tables["FIELDS"]) == {type(w.field).__name__ for w in workloads}
+    assert set(tables["LOSSES"]) == set(module.LOSSES)
+
+
+def test_another_process_answers_with_its_result_and_its_times(run, tmp_path):
+    compiled = importlib.import_module("compiled")
+    workload = next(importlib.import_module("workloads").spiral(True))
+    worker = tmp_path / "python"
+    worker.write_text(f"#!{sys.executable}\n{WORKER}")
+    worker.chmod(0o755)
+    with compiled.Worker(str(worker), workload) as other:
+        assert other.versions == {"jax": "0", "diffrax": "0"}
+        contestant = compiled.with_diffrax(workload, other)["diffrax"]
+        (t,) = contestant(None)
+        assert torch.equal(t, workload.t) and contestant.stats() == {"steps": 7, "nfe": 43}
+        assert contestant.seconds_of(3) == 1.5
+        with pytest.raises(RuntimeError, match="no workload of that name"):
+            other.ask(name="sprial", number=1)
+
+
+# Speaks as diffrax_worker.py does; its result is the times that it was given.
+WORKER = """
+import json, sys
+import numpy as np
+
+print(json.dumps({"jax": "0", "diffrax": "0"}), flush=True)
+known = set()
+for line in sys.stdin:
+    question = json.loads(line)
+    if question["name"] not in known and "number" in question:
+        answer = {"error": "no workload of that name"}
+    elif "number" in question:
+        answer = {"seconds": question["number"] / 2}
+    else:
+        known.add(question["name"])
+        np.savez(question["result"], np.load(question["data"])["t"])
+        answer = {"steps": 7, "compiling": 0.1}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_a_python_without_diffrax_is_an_error(run, capfd):
+    compiled = importlib.import_module("compiled")
+    with pytest.raises(SystemExit):
+        compiled.main(["spiral", "--quick", "--jax-python", "/bin/false"])
+    assert "has /bin/false jax and diffrax?" in capfd.readouterr().err
 
 
 def test_the_script_for_gpu_machines_is_valid_bash():

@@ -4,10 +4,11 @@ from . import compat
 from .api import explain, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .batched import BatchSolution
 from .dense import DenseOutput
-from .errors import ArgumentError, ArgumentTypeError, GradientWarning, SolveError, Status
+from .errors import ArgumentError, ArgumentTypeError, CompileError, GradientWarning, SolveError, Status
 from .events import Event
 from .extension import build_config
 from .gradient_check import GradientReport, GradientRow, check_gradients
+from .program import CompiledField, compile
 from .solution import Solution, Stats
 
 __version__ = "0.1.0"
@@ -16,6 +17,8 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "BatchSolution",
+    "CompileError",
+    "CompiledField",
     "DenseOutput",
     "Event",
     "GradientReport",
@@ -28,6 +31,7 @@ __all__ = [
     "build_config",
     "check_gradients",
     "compat",
+    "compile",
     "explain",
     "odeint",
     "odeint_adjoint",

@@ -21,7 +21,7 @@ from .ir import Array, Form, Kind, live
 from .operations import COMPARISONS, POINTWISE, REFUSED, SHAPES
 
 aten = torch.ops.aten
-_FILLED = frozenset("full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty".split())
+_FILLED = frozenset("full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split())
 _SMALL_OUTER = 96  # products that are summed over the lanes at the very end, not in every evaluation
 
 
@@ -106,7 +106,7 @@ class _Lowering:
         values, places = np.unique(x.detach().cpu().double().numpy().reshape(-1), return_inverse=True)
         slots = np.array([self.literal(v) for v in values], np.int64)
         codes = (slots * self.stride)[places].reshape(tuple(x.shape)) if x.numel() else np.zeros(tuple(x.shape), np.int64)
-        return Codes(torch.from_numpy(np.ascontiguousarray(codes)), x.dtype == torch.bool)
+        return Codes(torch.tensor(codes), x.dtype == torch.bool)
 
     def operation(self, name, operands, adjoint_of=None, boolean=False, size=None) -> Array:
         """An array whose kind follows from the operands'."""
@@ -478,7 +478,7 @@ class _Lowering:
             value = 1.0
         elif "full" in name:
             value = node.args[-1]
-        shape = node.meta["val"].shape
+        shape = node.meta["shape"]
         return self.constant(torch.full(shape, value, dtype=torch.bool if isinstance(value, bool) else torch.float64))
 
     def do_fill(self, x, value):
@@ -498,10 +498,23 @@ class _Lowering:
         return Codes(torch.where(inside, aten.constant_pad_nd(x.codes, pad, 0), filler), x.boolean)
 
     def do_cumsum(self, x, dim, dtype=None):
+        return self.cumulated("add", x, dim)
+
+    def do_cumprod(self, x, dim, dtype=None):
+        return self.cumulated("mul", x, dim)
+
+    def cumulated(self, name, x, dim):
         rows = [Codes(c) for c in x.codes.unbind(dim)]
         for i in range(1, len(rows)):
-            rows[i] = self.pointwise("add", rows[i - 1], rows[i])
+            rows[i] = self.pointwise(name, rows[i - 1], rows[i])
         return Codes(torch.stack([r.codes for r in rows], dim)) if rows else x
+
+    def do_view(self, x, shape):
+        if not isinstance(shape, (list, tuple)):
+            raise self.refusal(f"a view as {shape}")
+        return Codes(x.codes.reshape(shape), x.boolean)  # strides are of no account here
+
+    do_unsafe_view = do_reshape = do_view
 
     def do_index_put(self, x, indices, values, accumulate=False):
         if any(isinstance(i, Codes) for i in indices):

@@ -114,9 +114,9 @@ DECOMPOSITIONS |= {
 
 # Shapes: done on the slots themselves, by ATen.
 SHAPES = frozenset(
-    """view _unsafe_view reshape permute t transpose expand expand_as slice select unsqueeze squeeze cat stack clone alias
+    """permute t transpose expand expand_as slice select unsqueeze squeeze cat stack clone alias
     detach contiguous flip roll repeat index index_select gather diagonal tril triu constant_pad_nd slice_scatter select_scatter
-    diagonal_scatter copy lift_fresh_copy lift_fresh split split_with_sizes unbind unfold as_strided diag_embed movedim view_as
+    diagonal_scatter copy lift_fresh_copy lift_fresh split split_with_sizes unbind unfold diag_embed movedim view_as
     repeat_interleave broadcast_in_dim collapse_view view_of take_along_dim narrow chunk swapaxes unsafe_split broadcast_to flatten squeeze_copy""".split()
 )
 

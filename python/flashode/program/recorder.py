@@ -133,6 +133,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             self.require_dense_real(result)
             self.set_node(result, node)
+            node.meta["shape"] = result.shape
         elif isinstance(result, (list, tuple)):
             for i, x in enumerate(result):
                 if x is not None:
