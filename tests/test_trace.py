@@ -204,6 +204,19 @@ def test_func_is_called_three_times_and_twice_for_derivatives():
     assert net.nfe == 5
 
 
+def test_func_that_writes_is_called_once_more():
+    calls = []
+
+    def func(t, y):
+        calls.append(1)
+        return writes(t, y)
+
+    recorded = trace(func, T, state())
+    assert len(calls) == 4
+    trace_joint(func, T, state(), recorded.inputs)
+    assert len(calls) == 7
+
+
 def test_a_lazy_func_may_set_itself_up():
     cache = {}
 

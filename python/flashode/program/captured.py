@@ -3,8 +3,8 @@
 A program is made for a field as it was. The references from ``func`` on are walked once, and at every solve
 those that matter are looked up again, which takes microseconds: tensors may have been replaced by others
 alike; if anything else has changed, the program does not apply. What cannot be seen: the contents of
-NumPy arrays and of objects without ``__dict__``, attributes whose names code puts together, and what
-functions written in C keep.
+NumPy arrays and of objects without ``__dict__``, shapes of tensors that are not computed with, attributes
+whose names code puts together, and what functions written in C keep.
 """
 
 from __future__ import annotations

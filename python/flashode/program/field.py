@@ -23,7 +23,7 @@ _OF_CALLS = ("_forward_", "_backward_")
 def compile(func) -> CompiledField:
     """Makes a field of which `odeint` and the others solve whole problems as one compiled program.
 
-    The first solve of a kind calls ``func`` three times, or five where gradients are wanted (twice more where
+    The first solve of a kind calls ``func`` three times, or five where gradients are wanted (four and seven where
     func writes to tensors of its own), with slightly varied states; from what it does to them C++ is generated
     and compiled, which takes seconds the first time and is kept on disk. Later solves do not call func at all:
     parameters and other tensors that it reads are looked up before every solve, so an optimizer may change

@@ -45,6 +45,7 @@ class Trace:
 def trace(func: Callable, t: Tensor, y: Tensor) -> Trace:
     """Records ``func(t, y)``, in three calls: one as it is, in which it may set itself up, and two recorded.
 
+    Where func writes to tensors of its own there is one call more, so that the graph need not.
     Exceptions of func pass unchanged. Raises CompileError for what a graph cannot hold.
     """
     _require_traceable(t, y)
@@ -54,7 +55,7 @@ def trace(func: Callable, t: Tensor, y: Tensor) -> Trace:
 
 
 def trace_joint(func: Callable, t: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Trace:
-    """Records ``func(t, y)`` and its vector-Jacobian product, in two calls.
+    """Records ``func(t, y)`` and its vector-Jacobian product, in two calls, or three.
 
     Args:
         inputs: those of the `Trace` of func alone; the ones that require grad are differentiated for.
