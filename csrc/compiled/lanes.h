@@ -312,7 +312,10 @@ FLASHODE_HD To each_lane(const Vector<T, L>& v, F function) {
 
 template <class To, class T, int L>
 FLASHODE_HD To convert(const Vector<T, L>& v) {
-  return each_lane<To>(v, [](T x) { return real_of<To>(x); });
+  To out = each_lane<To>(v, [](T x) { return real_of<To>(x); });
+  // GCC 12 takes vectors of two or four doubles to float and back for no change at all.
+  if constexpr (sizeof(real_of<To>) < sizeof(T)) __asm__("" : "+m"(out));
+  return out;
 }
 template <class V, class T, int L>  // a mask of other reals as one of V's: -1 stays -1
 FLASHODE_HD Mask<V> mask_of(const Vector<T, L>& mask) {
@@ -339,7 +342,7 @@ FLASHODE_HD Vector<T, L> magnitude(const Vector<T, L>& v) {
 // Times as the field sees them, in the type of the state T (clock.h).
 template <class T, int L>
 FLASHODE_HD Vector<double, L> round_time(const Vector<double, L>& v, int nudge) {
-  return each_lane<Vector<double, L>>(v, [=](double t) { return round_time<T>(t, nudge); });
+  return each_lane<Vector<double, L>>(convert<Lanes<T, L>>(v), [=](T x) { return nudged(x, nudge); });
 }
 
 #else

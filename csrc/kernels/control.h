@@ -65,7 +65,7 @@ FLASHODE_HD R clamp_step(const R& dt, const ControllerOf<R>& control) {
 }
 
 template <class R>
-FLASHODE_HD auto accept(const R& error_ratio, const R& dt, const ControllerOf<R>& control) {
+FLASHODE_HD decltype(R() < R()) accept(const R& error_ratio, const R& dt, const ControllerOf<R>& control) {
   return is_finite(error_ratio) & ((error_ratio <= 1) | (dt <= control.min_step));
 }
 
