@@ -182,7 +182,7 @@ class TileSolver {
   template <class Norm, class Error>
   FLASHODE_HD Norm norms(const Error& error) const {
     Norm norm = zero<Norm>();
-    for_each_member<Field>(call_, error, [&](int64_t m, const Times& sum) {
+    tile_.for_each_member(error, [&](int64_t m, const Times& sum) {
       const int64_t width = call_.members[m + 1] - call_.members[m];
       if (width > 0) norm = larger(norm, square_root(convert<Norm>(sum * (1.0 / double(width)))));
     });
@@ -206,8 +206,8 @@ class TileSolver {
       return;
     }
     const V *const y0 = tile_.y0, *const k = tile_.k;
-    const Times d0 = norms<Times>([&](int64_t f) { return tile_.scaled(f, y0[f], y0); });
-    const Times d1 = norms<Times>([&](int64_t f) { return tile_.scaled(f, k[f], y0); });
+    const Times d0 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, y0[f], y0); });
+    const Times d1 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, k[f], y0); });
     ratio_ = select(running_, d1, ratio_);
     for (int l = 0; l < L; ++l) {
       if (!lane(running_, l) || is_finite(lane(d1, l))) continue;
@@ -220,7 +220,7 @@ class TileSolver {
     const Times h0 = select(span < guess, span, guess);
     clock_.set(select(running_, h0, 0.0), clock_.t0 + h0);
     tile_.template evaluate<EulerRow>(clock_, 1, 0, 1, nullptr);
-    const Times d2 = norms<Times>([&](int64_t f) { return tile_.scaled(f, k[Field::width + f] - k[f], y0); }) / h0;
+    const Times d2 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, k[Field::width + f] - k[f], y0); }) / h0;
     dt_ = select(running_, initial_step(h0, d1, d2, Method::order), dt_);
   }
 
@@ -245,7 +245,9 @@ class TileSolver {
 
   // Which trials stand, and how long the next ones are.
   FLASHODE_HD void judge() {
-    const V ratio = norms<V>([&](int64_t f) { return tile_.scaled_error_of_step(f, clock_); });
+    const V ratio = norms<V>([&](const auto& tolerance, int64_t f) {
+      return tile_.scaled_error_of_step(tolerance, f, clock_);
+    });
     const DecisionOf<V> decision = decide(ratio, convert<V>(clock_.dt), control_);
     const Lanewise accepted = mask_of<Times>(decision.accepted);
     stands_ = running_ & accepted;
