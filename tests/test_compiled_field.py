@@ -216,6 +216,54 @@ def test_what_func_counts_itself_or_does_not_read_is_left_alone(name):
     assert now.current() is not None
 
 
+def test_what_only_other_methods_use_is_left_alone(monkeypatch):
+    class Trained(Net):
+        def step(self):
+            self.steps += 1
+            self.net.requires_grad_(self.steps > 3)
+
+    net = Trained()
+    net.steps, net.record = 0, [object()]
+    now, _ = captured(net)
+    net.steps = 5
+    net.record.append(object())
+    assert now.current() is not None
+    monkeypatch.setattr(Net, "forward", lambda self, t, y: y)
+    assert now.current() is None
+
+
+def test_properties_and_operators_of_own_classes_are_looked_through():
+    class Gains:
+        def __init__(self):
+            self.first = 1.0
+
+        def __getitem__(self, i):
+            return self.first
+
+    class Field:
+        def __init__(self):
+            self.gains, self._scale = Gains(), torch.ones(2)
+
+        @property
+        def scale(self):
+            return self._scale
+
+        @staticmethod
+        def twice(y):
+            return FACTOR * y
+
+        def __call__(self, t, y):
+            return self.twice(y) * self.scale * self.gains[0]
+
+    it = Field()
+    now, _ = captured(it)
+    assert not now.fixed
+    it._scale = torch.zeros(2)
+    assert now.current()[0] is it._scale
+    it.gains.first = 2.0
+    assert now.current() is None
+
+
 def test_shared_tensors_have_to_stay_shared():
     net = Net()
     net.net[0].bias = nn.Parameter(torch.ones(4))

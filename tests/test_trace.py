@@ -268,9 +268,9 @@ REFUSED = {
     "float": (lambda t, y: y * float(y[0, 0]), "depends on a number"),
     "time": (lambda t, y: y * (1 if t < 1 else 2), "depends on a number"),
     "item of captured": (lambda t, y: y * CAPTURED[0].item(), "reads a number of a captured tensor"),
-    "numpy": (lambda t, y: torch.from_numpy(np.sin(y.numpy())), r"\.numpy\(\)"),
+    "numpy": (lambda t, y: torch.from_numpy(np.sin(y.numpy())), r"numbers out of torch \(\.numpy"),
     "array": (lambda t, y: torch.tensor(np.asarray(y)), "numbers out of torch"),
-    "tolist": (lambda t, y: y * y.tolist()[0][0], r"\.tolist\(\)"),
+    "tolist": (lambda t, y: y * y.tolist()[0][0], r"numbers out of torch \(\.tolist"),
     "shape by values": (lambda t, y: y * y[y > 0].sum(), "depends on values"),
     "nonzero": (lambda t, y: y * y.nonzero().shape[0], "depends on values"),
     "random": (lambda t, y: y + torch.randn(2), "random numbers"),
@@ -342,6 +342,13 @@ def test_exceptions_of_func_pass_unchanged():
 def test_autocast_is_refused():
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(CompileError, match="autocast"):
         trace(lambda t, y: y, T, state())
+
+
+def test_numbers_that_slip_out_unseen_are_noticed():
+    def func(t, y):
+        return y * torch.from_dlpack(torch._C._to_dlpack(y))
+
+    refused(func, "two calls of it did not compute the same")
 
 
 def test_known_numbers_may_be_read():

@@ -53,10 +53,15 @@ class Walk:
         self.sizes: list[tuple] = []
         self.names = {"forward", "__call__"}  # that code asks for
         self._seen: dict[int, object] = {}
+        self._unasked: list[tuple[_Reference, int]] = []  # attributes that no code seen so far asks for
         self._follow(func, DEPTH)
         for x in _flat(args):
             if not isinstance(x, Tensor):
                 self._follow(x, DEPTH)
+        while asked := [u for u in self._unasked if u[0].name in self.names]:
+            self._unasked = [u for u in self._unasked if u[0].name not in self.names]
+            for reference, depth in asked:
+                self._take(reference, depth)
 
     def captured(self, tensors) -> Captured:
         """How to find ``tensors`` again, once func has been recorded with them."""
@@ -67,9 +72,15 @@ class Walk:
         if isinstance(value, Tensor):
             self.tensors.setdefault(id(value), []).append(reference)
             return
+        if name is None or name in self.names:
+            self._take(reference, depth)
+        else:
+            self._unasked.append((reference, depth))
+
+    def _take(self, reference, depth):
         self.references.append(reference)
-        if type(value) not in _SIMPLE:
-            self._follow(value, depth)
+        if type(reference.value) not in _SIMPLE:
+            self._follow(reference.value, depth)
 
     def _follow(self, x, depth):
         if depth == 0 or id(x) in self._seen:
@@ -80,6 +91,10 @@ class Walk:
         elif isinstance(x, types.MethodType):
             self._follow(x.__self__, depth)
             self._follow(x.__func__, depth)
+        elif isinstance(x, (staticmethod, classmethod)):
+            self._follow(x.__func__, depth)
+        elif isinstance(x, property):
+            self._follow(x.fget, depth)
         elif isinstance(x, functools.partial):
             self._follow(x.func, depth)
             self._follow(x.args, depth)
@@ -115,7 +130,7 @@ class Walk:
                 if key in _OF_MODULES:
                     self._follow_dict(value, depth)
                 continue
-            name = None if foreign or key == "training" or callable(value) else key
+            name = None if foreign or key == "training" else key
             self._refer(attributes, attributes.__getitem__, key, value, depth - 1, name)
         if not foreign:
             self._follow(type(x), depth)
@@ -125,19 +140,9 @@ class Walk:
             if _is_foreign(cls.__module__):
                 continue
             for key, value in vars(cls).items():
-                if key in ("__init__", "__new__"):
-                    continue
-                function = getattr(
-                    value, "__func__", getattr(value, "fget", value)
-                )  # of methods and properties
-                if isinstance(function, types.FunctionType):
-                    self._refer(cls, vars(cls).__getitem__, key, value, 0, key)
-                    self._follow(function, depth)
-                elif type(value) in _SIMPLE or isinstance(
-                    value, (Tensor, list, tuple, dict, torch.nn.Module)
-                ):
-                    if not key.startswith("__"):
-                        self._refer(cls, vars(cls).__getitem__, key, value, depth, key)
+                special = key.startswith("__")  # called by what no name shows, as by an operator
+                if not special or (callable(value) and key not in ("__init__", "__new__")):
+                    self._refer(cls, vars(cls).__getitem__, key, value, depth, None if special else key)
 
     def _follow_function(self, function, depth):
         if _is_foreign(function.__module__):
@@ -177,7 +182,7 @@ class Captured:
         own = {r.place for r in before.references if _changed(r)}
         sizes = {id(x) for x, size in before.sizes if len(x) != size}
         used = {r.place: r for r in after.references}.values()
-        used = [r for r in used if r.place not in own and (r.name is None or r.name in after.names)]
+        used = [r for r in used if r.place not in own]
         self._values = [r[:3] for r in used if type(r.value) in _SIMPLE]
         self._objects = [r[:3] for r in used if type(r.value) not in _SIMPLE]
         self._sizes = [(x, size) for x, size in after.sizes if id(x) not in sizes]
