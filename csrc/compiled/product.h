@@ -112,7 +112,7 @@ FLASHODE_HD void transpose_steps(Part (&square)[W]) {
 template <class V, class Row>
 FLASHODE_HD void transpose(const V* x, int count, Row* rows) {
   constexpr int W = V::width;
-  for (int j = 0; j < Row::parts; ++j) {
+  for (int j = 0; j < lanes_of<Row> / W; ++j) {
     for (int i = 0; i < V::parts; ++i) {
       typename V::Part square[W];
       FLASHODE_UNROLL
@@ -121,16 +121,24 @@ FLASHODE_HD void transpose(const V* x, int count, Row* rows) {
       }
       transpose_steps<1>(square);
       FLASHODE_UNROLL
-      for (int c = 0; c < W; ++c) rows[i * W + c].part[j] = square[c];
+      for (int c = 0; c < W; ++c) {
+        memcpy(reinterpret_cast<real_of<V>*>(rows + i * W + c) + j * W, square + c, sizeof square[c]);
+      }
     }
   }
 }
 
 // As `outer`, with vectors that run along k.
+template <class V>
+constexpr int outer_width(int K) {
+  int wide = V::width;
+  while (wide < K && wide < 2 * V::fitting) wide *= 2;
+  return wide;
+}
 template <int M, int K, class T, int L>
 FLASHODE_HD void outer_along(const Vector<T, L>* g, const Vector<T, L>* x, T* sums, int64_t row_stride,
                              int64_t column_stride) {
-  constexpr int W = Vector<T, L>::width, wide = K > W ? 2 * W : W;
+  constexpr int wide = outer_width<Vector<T, L>>(K);
   using Row = Vector<T, wide>;
   for (int k = 0; k < K; k += wide) {
     const int count = K - k < wide ? K - k : wide;
