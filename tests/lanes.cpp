@@ -108,7 +108,6 @@ void multiply(const Real* w, const int64_t* strides, const Real* x, const Real* 
   }
 SHAPE(2, 50)
 SHAPE(50, 2)
-SHAPE(4, 32)
 SHAPE(33, 37)
 
 // Control of clocks of their own: x are error ratios, y sizes of steps; out are sizes of the next.
