@@ -262,7 +262,8 @@ def odeint_adjoint(
     with torch.no_grad():  # as the engine will work
         name = choose(problem, engine)
     if all_captured:  # its program knows them
-        params = func.differentiated(problem) if name == "compiled" else collect_params(func, None, args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint == "checkpoint"):
+            params = func.differentiated(problem) if name == "compiled" else collect_params(func, None, args)
     spec = make_spec(
         problem, options, rtol, atol, method,
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,
