@@ -334,7 +334,7 @@ def first_call(case: str, index: int, quick: bool) -> float:
 
 
 def show_first_calls(args):
-    """With nothing cached, then with what that left on the disk. The compiler counts: it is the wall's clock."""
+    """With nothing cached, then with what that left on the disk: all but the compiler's part, by the wall's clock."""
     print(
         f"\nseconds that the first call takes beyond others\n{'':<18}{'nothing cached':>38}{'disk cache':>12}"
     )
@@ -361,14 +361,14 @@ def show_first_calls(args):
 
 @contextlib.contextmanager
 def _caching_in(folder: str):
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = folder
+    before = os.environ.get("FLASHODE_CACHE")
+    os.environ["FLASHODE_CACHE"] = folder
     try:
         yield
     finally:
-        os.environ.pop("XDG_CACHE_HOME")
+        os.environ.pop("FLASHODE_CACHE")
         if before is not None:
-            os.environ["XDG_CACHE_HOME"] = before
+            os.environ["FLASHODE_CACHE"] = before
 
 
 # ---- the command -----------------------------------------------------------------------------

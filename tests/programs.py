@@ -17,18 +17,14 @@ from flashode.program.call import Call, Interrupted, load
 from flashode.program.tables import method_source
 
 HEADERS = Path(flashode.__file__).parents[2] / "csrc" / "compiled"
-ENTRIES = """
-extern "C" int64_t flashode_call_size() { return sizeof(Call); }
-extern "C" int flashode_solve(Call* call) { return solve<Field, Method>(*call); }
-extern "C" int flashode_reverse(Call* call) { return reverse<Field, Method>(*call); }
-extern "C" int flashode_pull_back(Call* call) { return pull_back<Field>(*call); }
-extern "C" int flashode_pull_back_batch(Call* call) { return pull_back_batch<Field>(*call); }
-extern "C" void flashode_release(void* recording) { release<Field>(recording); }
-"""
-BATCH_ENTRIES = """
-extern "C" int flashode_solve_batch(Call* call) { return solve_batch<Field, Method>(*call); }
-extern "C" int flashode_reverse_batch(Call* call) { return reverse_batch<Field, Method>(*call); }
-"""
+ENTRIES = {
+    "solve": "solve<Field, Method>",
+    "reverse": "reverse<Field, Method>",
+    "pull_back": "pull_back<Field>",
+    "solve_batch": "solve_batch<Field, Method>",
+    "reverse_batch": "reverse_batch<Field, Method>",
+    "pull_back_batch": "pull_back_batch<Field>",
+}
 FLAGS = "-O1 -march=native -fopenmp -fPIC -shared -std=c++17 -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
 
 
@@ -38,10 +34,13 @@ def _folder():
 
 
 @functools.cache
-def compiled(field: str, method, dense) -> ctypes.CDLL:
+def compiled(field: str, method, dense, entries: tuple[str, ...]) -> ctypes.CDLL:
     """The program of a field, given as the text of its struct, and a method."""
     source = f'#include "program.h"\nusing namespace flashode;\nnamespace {{\n{field}\n{method_source(method, dense)}}}\n'
-    source += ENTRIES + BATCH_ENTRIES * method.adaptive
+    for entry in entries:
+        source += f'extern "C" int flashode_{entry}(Call* call) {{ return {ENTRIES[entry]}(*call); }}\n'
+    source += 'extern "C" int64_t flashode_call_size() { return sizeof(Call); }\n'
+    source += 'extern "C" void flashode_release(void* recording) { release<Field>(recording); }\n'
     name = Path(_folder().name) / hashlib.sha256(source.encode()).hexdigest()[:16]
     name.with_suffix(".cpp").write_text(source)
     command = ["g++", *FLAGS, f"-I{HEADERS}", name.with_suffix(".cpp"), "-o", name.with_suffix(".so")]
@@ -51,12 +50,25 @@ def compiled(field: str, method, dense) -> ctypes.CDLL:
 
 
 class Program:
-    """A field in C++ called as `odeint` is. ``samples_last`` lays a state (width, B) out as it comes."""
+    """A field in C++, called as `odeint` is; ``backward`` is the entry that gradients come from."""
 
-    def __init__(self, field: str):
-        self.field = field
+    def __init__(self, field: str, backward="reverse"):
+        self.field, self.backward = field, backward
 
-    def solve(self, func, y0, t, *, inputs=(), own=(), threads=1, rtol=1e-7, atol=1e-9, method="dopri5", options=None):
+    def solve(
+        self,
+        func,
+        y0,
+        t,
+        *,
+        inputs=(),
+        own=(),
+        threads=1,
+        rtol=1e-7,
+        atol=1e-9,
+        method="dopri5",
+        options=None,
+    ):
         kind = BatchProblem if (options or {}).get("batched") else Problem
         p = kind.from_call(func, y0.detach(), t.detach(), rtol, atol, method, options or {}, None)
         return Solved(self, p, inputs, own, threads)
@@ -67,8 +79,10 @@ class Solved:
 
     def __init__(self, program, p, inputs, own, threads):
         self.p, self.batched = p, isinstance(p, BatchProblem)
-        self.library = compiled(program.field, p.method, p.dense)
-        self.kept = []
+        self.kept, self.backward = [], program.backward
+        self.suffix = "_batch" * self.batched
+        entries = ("solve" + self.suffix, self.backward + self.suffix)
+        self.library = compiled(program.field, p.method, p.dense, entries)
         samples = p.y0.shape[0]
         width = p.y0[0].numel()
         self.inputs = [x.detach().contiguous() for x in inputs]
@@ -107,8 +121,7 @@ class Solved:
         self.run("solve")
 
     def run(self, entry):
-        entry += "_batch" if self.batched else ""
-        assert getattr(self.library, f"flashode_{entry}")(ctypes.byref(self.call)) == 0
+        assert getattr(self.library, f"flashode_{entry}{self.suffix}")(ctypes.byref(self.call)) == 0
         return self
 
     def of(self, x):
@@ -124,7 +137,7 @@ class Solved:
     def pointers(self, tensors):
         return self.numbers([0 if x is None else self.of(x) for x in tensors])
 
-    def gradients(self, grad_ys, needs_time=True, entry="reverse"):
+    def gradients(self, grad_ys, needs_time=True):
         """To y0, the times (on a grid of fixed steps: the grid), the shared inputs, and the constants."""
         p, call = self.p, self.call
         found = torch.full_like(p.y0, math.nan)
@@ -137,7 +150,7 @@ class Solved:
         # Where steps are from one time to the next, an output is the end of a step and moves with it.
         call.grad_t = self.of(grad_t) if needs_time and not p.steps_on_times else None
         call.grad_grid = self.of(grad_grid) if needs_time and grad_grid is not None else None
-        self.run(entry)
+        self.run(self.backward)
         return found, grad_t.to(p.t), grad_grid, inputs, own
 
     def __del__(self):

@@ -108,7 +108,7 @@ class Tally(ctypes.Structure):
 
 
 class Decision(ctypes.Structure):
-    _fields_ = [("error_ratio", c_double), ("next_dt", c_double), ("accepted", c_int)]
+    _fields_ = [("error_ratio", c_double), ("next_dt", c_double), ("accepted", c_bool)]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ using Mask = typename LaneTraits<V>::Mask;  // what comparisons give
 template <class V>
 constexpr int lanes_of = LaneTraits<V>::count;
 
+FLASHODE_HD uint64_t lanes_set(bool mask) { return mask; }  // a bit a lane, the first lowest
 FLASHODE_HD bool any(bool mask) { return mask; }
 FLASHODE_HD bool all(bool mask) { return mask; }
 template <class V>
@@ -242,13 +243,42 @@ FLASHODE_HD Vector<T, L> select(const Vector<integer_of<Same<T>>, L>& mask, cons
   return select(mask, a, splat<Vector<T, L>>(b));
 }
 
+// The sign bits of a part of a mask, which the machine takes in one instruction.
+template <class Part>
+FLASHODE_HD uint64_t sign_bits(const Part& part) {
+  constexpr int width = sizeof(part) / sizeof(part[0]);
+#ifdef __AVX512DQ__
+  typedef int Ints __attribute__((vector_size(64)));
+  typedef long long Longs __attribute__((vector_size(64)));
+  if constexpr (sizeof(part) == 64) {
+    if constexpr (width == 16) return uint16_t(__builtin_ia32_cvtd2mask512(Ints(part)));
+    if constexpr (width == 8) return uint8_t(__builtin_ia32_cvtq2mask512(Longs(part)));
+  }
+#endif
+#ifdef __AVX__
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef double Doubles __attribute__((vector_size(32)));
+  if constexpr (sizeof(part) == 32) {
+    if constexpr (width == 8) return uint64_t(__builtin_ia32_movmskps256(Floats(part)));
+    if constexpr (width == 4) return uint64_t(__builtin_ia32_movmskpd256(Doubles(part)));
+  }
+#endif
+  uint64_t bits = 0;
+  for (int l = 0; l < width; ++l) bits |= uint64_t(part[l] & 1) << l;
+  return bits;
+}
+template <class T, int L>
+FLASHODE_HD uint64_t lanes_set(const Vector<T, L>& mask) {
+  static_assert(L <= 64, "the bits of a mask are those of one word");
+  uint64_t bits = 0;
+  for (int i = 0; i < mask.parts; ++i) bits |= sign_bits(mask.part[i]) << (i * mask.width);
+  return bits;
+}
 template <class T, int L>
 FLASHODE_HD bool any(const Vector<T, L>& mask) {
   auto joined = mask.part[0];
   for (int i = 1; i < mask.parts; ++i) joined |= mask.part[i];
-  T bits = 0;
-  for (int l = 0; l < mask.width; ++l) bits |= joined[l];
-  return bits != 0;
+  return sign_bits(joined) != 0;
 }
 template <class T, int L>
 FLASHODE_HD bool all(const Vector<T, L>& mask) {
@@ -282,7 +312,10 @@ FLASHODE_HD To each_lane(const Vector<T, L>& v, F function) {
 
 template <class To, class T, int L>
 FLASHODE_HD To convert(const Vector<T, L>& v) {
-  return each_lane<To>(v, [](T x) { return real_of<To>(x); });
+  To out = each_lane<To>(v, [](T x) { return real_of<To>(x); });
+  // GCC 12 takes vectors of two or four doubles to float and back for no change at all.
+  if constexpr (sizeof(real_of<To>) < sizeof(T)) __asm__("" : "+m"(out));
+  return out;
 }
 template <class V, class T, int L>  // a mask of other reals as one of V's: -1 stays -1
 FLASHODE_HD Mask<V> mask_of(const Vector<T, L>& mask) {
@@ -309,7 +342,7 @@ FLASHODE_HD Vector<T, L> magnitude(const Vector<T, L>& v) {
 // Times as the field sees them, in the type of the state T (clock.h).
 template <class T, int L>
 FLASHODE_HD Vector<double, L> round_time(const Vector<double, L>& v, int nudge) {
-  return each_lane<Vector<double, L>>(v, [=](double t) { return round_time<T>(t, nudge); });
+  return each_lane<Vector<double, L>>(convert<Lanes<T, L>>(v), [=](T x) { return nudged(x, nudge); });
 }
 
 #else

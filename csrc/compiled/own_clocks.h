@@ -94,6 +94,7 @@ class TileSolver {
     record_ = record;
     load(first);
     if (any(running_)) start();
+    dt_ = minimum(maximum(dt_, splat<Times>(call_.min_step)), splat<Times>(call_.max_step));
     begin_trials();
     int64_t round = 0;
     for (; any(running_); ++round) {
@@ -168,7 +169,7 @@ class TileSolver {
     clock_.set(zero<Times>(), clock_.t0);
     dt_ = ratio_ = splat<Times>(NAN);
     accepted_ = rejected_ = trials_ = zero<Times>();
-    control_.past[0] = control_.past[1] = splat<Times>(1);
+    control_.past[0] = control_.past[1] = splat<V>(1);
   }
 
   static bool lane_is_finite(int l, const V* y) {
@@ -178,12 +179,12 @@ class TileSolver {
   }
 
   // Of every sample, the largest root mean square over its members.
-  template <class Error>
-  FLASHODE_HD Times norms(const Error& error) const {
-    Times norm = zero<Times>();
-    for_each_member<Field>(call_, error, [&](int64_t m, const Times& sum) {
+  template <class Norm, class Error>
+  FLASHODE_HD Norm norms(const Error& error) const {
+    Norm norm = zero<Norm>();
+    tile_.for_each_member(error, [&](int64_t m, const Times& sum) {
       const int64_t width = call_.members[m + 1] - call_.members[m];
-      if (width > 0) norm = larger(norm, square_root(sum / double(width)));
+      if (width > 0) norm = larger(norm, square_root(convert<Norm>(sum * (1.0 / double(width)))));
     });
     return norm;
   }
@@ -205,8 +206,8 @@ class TileSolver {
       return;
     }
     const V *const y0 = tile_.y0, *const k = tile_.k;
-    const Times d0 = norms([&](int64_t f) { return tile_.scaled(f, y0[f], y0); });
-    const Times d1 = norms([&](int64_t f) { return tile_.scaled(f, k[f], y0); });
+    const Times d0 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, y0[f], y0); });
+    const Times d1 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, k[f], y0); });
     ratio_ = select(running_, d1, ratio_);
     for (int l = 0; l < L; ++l) {
       if (!lane(running_, l) || is_finite(lane(d1, l))) continue;
@@ -219,7 +220,7 @@ class TileSolver {
     const Times h0 = select(span < guess, span, guess);
     clock_.set(select(running_, h0, 0.0), clock_.t0 + h0);
     tile_.template evaluate<EulerRow>(clock_, 1, 0, 1, nullptr);
-    const Times d2 = norms([&](int64_t f) { return tile_.scaled(f, k[Field::width + f] - k[f], y0); }) / h0;
+    const Times d2 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, k[Field::width + f] - k[f], y0); }) / h0;
     dt_ = select(running_, initial_step(h0, d1, d2, Method::order), dt_);
   }
 
@@ -227,11 +228,10 @@ class TileSolver {
   FLASHODE_HD void begin_trials() {
     end_with(running_ & (trials_ >= double(call_.max_num_steps)), kMaxSteps);
     trials_ = select(running_, trials_ + 1.0, trials_);
-    const Times asked = clamp_step(dt_, control_), free_end = clock_.t0 + asked;
+    const Times free_end = clock_.t0 + dt_;
     const Lanewise lands = free_end >= end_;
     const Times t1 = select(lands, end_, free_end), length = t1 - clock_.t0;
-    dt_ = select(running_, asked, dt_);
-    const Lanewise stuck = running_ & ((asked < DBL_MIN) | !(t1 > clock_.t0));
+    const Lanewise stuck = running_ & ((dt_ < DBL_MIN) | !(t1 > clock_.t0));
     if (any(stuck)) {
       for (int l = 0; l < L; ++l) {
         if (lane(stuck, l)) status_[l] = cause_[l];
@@ -239,26 +239,29 @@ class TileSolver {
       running_ = running_ & !stuck;
     }
     // A free step keeps its own length: t1 - t0 is rounded, and no rounding lengthens a step.
-    dt_ = select(running_ & lands & (length < asked), length, dt_);
+    dt_ = select(running_ & lands & (length < dt_), length, dt_);
     clock_.set(select(running_, dt_, 0.0), select(running_, t1, clock_.t0));
   }
 
   // Which trials stand, and how long the next ones are.
   FLASHODE_HD void judge() {
-    const Times norm = norms([&](int64_t f) { return tile_.scaled_error_of_step(f, clock_); });
-    const DecisionOf<Times> decision = decide(norm, clock_.dt, control_);
-    stands_ = running_ & decision.accepted;
-    const Lanewise refused = running_ & !decision.accepted;
-    ratio_ = select(running_, norm, ratio_);
-    dt_ = select(running_, decision.next_dt, dt_);
+    const V ratio = norms<V>([&](const auto& tolerance, int64_t f) {
+      return tile_.scaled_error_of_step(tolerance, f, clock_);
+    });
+    const DecisionOf<V> decision = decide(ratio, convert<V>(clock_.dt), control_);
+    const Lanewise accepted = mask_of<Times>(decision.accepted);
+    stands_ = running_ & accepted;
+    const Lanewise refused = running_ & !accepted;
+    ratio_ = select(running_, convert<Times>(ratio), ratio_);
+    dt_ = select(running_, convert<Times>(decision.next_dt), dt_);
     rejected_ = select(refused, rejected_ + 1.0, rejected_);
     if (remembers_) {
-      const Times past0 = control_.past[0], past1 = control_.past[1];
-      remember(norm, control_);
-      control_.past[0] = select(stands_, control_.past[0], past0);
-      control_.past[1] = select(stands_, control_.past[1], past1);
+      const V past0 = control_.past[0], past1 = control_.past[1];
+      remember(ratio, control_);
+      control_.past[0] = select(decision.accepted, control_.past[0], past0);
+      control_.past[1] = select(decision.accepted, control_.past[1], past1);
     }
-    const Lanewise lost = refused & !is_finite(norm);
+    const Lanewise lost = refused & !mask_of<Times>(is_finite(ratio));
     if (any(lost) || has_cause_) blame(lost);
   }
 
@@ -270,7 +273,9 @@ class TileSolver {
     }
     Times hopeless = zero<Times>();
     for (int l = 0; l < L; ++l) {
-      if (!lane(lost, l) || (lane_is_finite(l, tile_.k) && lane(clock_.dt, l) > call_.min_step)) continue;
+      if (!lane(lost, l) || (lane_is_finite(l, tile_.k) && Real(lane(clock_.dt, l)) > Real(call_.min_step))) {
+        continue;
+      }
       set_lane(hopeless, l, 1);
       status_[l] = cause_[l];
     }
@@ -288,13 +293,13 @@ class TileSolver {
     const DenseOutput<Field, Method> dense(tile_, clock_);
     V local[Part::is_small ? Part::width : 1];
     V* const y = Part::is_small ? local : tile_.stage;
-    const Times length = clock_.t1 - clock_.t0;
+    const V per_length = Real(1) / convert<V>(clock_.t1 - clock_.t0);
     while (any(due)) {
-      dense.at(convert<V>((next_ - clock_.t0) / length), y);
+      dense.at(convert<V>(next_ - clock_.t0) * per_length, y);
       for (int64_t f = 0; f < Field::width; ++f) y[f] = select(mask_of<V>(inside), y[f], tile_.y1[f]);
       if (extends_) refuse_nonfinite(due, y);
-      for (int l = 0; l < L; ++l) {
-        if (!lane(due, l)) continue;
+      for (uint64_t left = lanes_set(due); left; left &= left - 1) {
+        const int l = __builtin_ctzll(left);
         write_lane(l, y, output(filled_[l]));
         set_lane(next_, l, ++filled_[l] < call_.outputs ? times_of(l)[filled_[l]] : INFINITY);
       }
@@ -354,7 +359,7 @@ class TileSolver {
   const Buffer<V> space_;
   Part tile_;
   const bool remembers_;
-  ControllerOf<Times> control_;
+  ControllerOf<V> control_;  // as exact as the state: powers of doubles cost more than a step
   TileRecord<Field>* record_ = nullptr;
   bool has_memory_ = true, has_cause_ = false, extends_ = false;
 

@@ -12,7 +12,7 @@
 namespace flashode {
 
 // Multiply-adds, roughly, below which a loop is done before other threads have begun.
-constexpr int64_t kWorthAThread = 1 << 15;
+constexpr int64_t kWorthAThread = 1 << 18;
 
 // How many threads to use for so many tiles, each of which costs so many operations.
 inline int threads_for(const Call& call, int64_t tiles, int64_t operations) {

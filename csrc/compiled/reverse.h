@@ -54,15 +54,15 @@ class Reverse {
     const OneClock<Field> clock{step.t0, step.t1, step.dt, *call_.direction, *call_.low, *call_.high};
     if (row_ > 0 && is_result(step.t1)) add_cotangents<Field>(call_, first_, row_--, back_.adj());
     const bool dense = row_ > 0 && call_.times[row_] > step.t0;
+    const bool hands_on = n + 1 < record_.size() && !opens(n + 1);
     const V* const f0 = opens(n) ? nullptr : record_.f0(n, tile_);
-    back_.retake(clock, nudges(n), record_.y0(n, tile_), f0, dense);
+    back_.retake(clock, nudges(n), record_.y0(n, tile_), f0, hands_on, dense);
     for (; row_ > 0 && call_.times[row_] > step.t0; --row_) {
       const double x = (call_.times[row_] - step.t0) / (step.t1 - step.t0);
       clear(adj_output_, Field::width);
       add_cotangents<Field>(call_, first_, row_, adj_output_);
       add_time(chunk_.grad_t, row_, back_.add_output(splat<V>(Real(x)), adj_output_));
     }
-    const bool hands_on = n + 1 < record_.size() && !opens(n + 1);
     back_.pull(clock, nudges(n), opens(n), hands_on, dense);
     if (back_.wants_time) move_ends(n);
   }

@@ -14,9 +14,11 @@ class ReverseBatch {
  public:
   using Real = typename Field::Real;
   using V = StateOf<Field>;
+  using Times = TimeOf<Field>;
+  using Lanewise = Mask<Times>;
   using Back = StepBack<Field, Method>;
   static constexpr int L = Field::lanes;
-  static constexpr int64_t space = Back::size + 3 * int64_t(Field::width) + Field::own;
+  static constexpr int64_t space = Back::size + 3 * int64_t(Field::width) + 2 * Field::own;
 
   ReverseBatch(const Call& call, BatchRecord<Field>& record, const Chunk<Field>& chunk)
       : call_(call),
@@ -25,17 +27,22 @@ class ReverseBatch {
         back_(chunk.prepared, chunk.lane_sums, chunk.sums, call.grad_t != nullptr, chunk.space) {
     V* space = chunk.space + Back::size;
     const auto take = [&](int64_t n) { return space += n, space - n; };
-    adj_output_ = take(Field::width), y0_ = take(Field::width), f0_ = take(Field::width);
+    adj_output_ = take(Field::width), settled_ = take(2 * Field::width + Field::own);
     own_ = take(Field::own);
   }
 
   void run(int64_t tile) {
-    const TileRecord<Field>& steps = record_.tile(tile);
+    TileRecord<Field>& steps = record_.tile(tile);
     first_ = tile * L, live_ = live_lanes<Field>(call_, first_);
     load_own<Field>(call_, first_, own_);
+    direction_ = gather<Times>(call_, first_, call_.direction, 0, 1);
+    low_ = gather<Times>(call_, first_, call_.low, 0, 1);
+    high_ = gather<Times>(call_, first_, call_.high, 0, 1);
+    counts_ = zero<Times>(), next_ = splat<Times>(-INFINITY), moved_ = zero<V>();
+    for (int l = 0; l < live_; ++l) begin_lane(steps, l);
     back_.begin();
-    for (int l = 0; l < L; ++l) begin_lane(steps, l);
     for (int64_t n = steps.size() - 1; n >= 0; --n) reverse_step(steps, n);
+    for (int l = 0; l < live_; ++l) add_time(l, 0, lane(moved_, l));
     add_starts();
     store_state<Field>(call_, first_, back_.adj(), call_.adj_y0);
     store_own<Field>(call_, first_, back_.adj_own);
@@ -43,104 +50,109 @@ class ReverseBatch {
 
  private:
   const double* times(int l) const { return call_.times + (first_ + l) * call_.times_stride; }
+  void set_row(int l, int64_t row) {
+    row_[l] = row;
+    set_lane(next_, l, times(l)[row]);
+  }
 
   void begin_lane(const TileRecord<Field>& steps, int l) {
-    const bool lives = l < live_;
-    count_[l] = lives ? steps.count[l] : 0;
-    if (!lives) return;
-    const double reached = count_[l] ? steps.times(count_[l] - 1).t1[l] : *times(l);
-    for (row_[l] = call_.outputs - 1; times(l)[row_[l]] > reached;) --row_[l];
+    const int64_t count = steps.count[l];
+    const double reached = count ? steps.times(count - 1).t1[l] : *times(l);
+    int64_t row = call_.outputs - 1;
+    while (times(l)[row] > reached) --row;
+    set_row(l, row);
+    set_lane(counts_, l, double(count));
   }
 
-  void reverse_step(const TileRecord<Field>& steps, int64_t n) {
-    place(steps, n);
-    const auto has_row = [&](int l) {
-      return n < count_[l] && row_[l] >= 0 && times(l)[row_[l]] > lane(clocks_.t0, l);
-    };
-    bool dense = false;
-    for (int l = 0; l < live_; ++l) {
-      while (has_row(l) && is_result(l)) add_cotangent(l, row_[l]--, back_.adj());
-      dense = dense || has_row(l);
-    }
+  void reverse_step(TileRecord<Field>& steps, int64_t n) {
+    const Lanewise moving = counts_ > double(n);
     const Nudges nudges{0, -1};
-    const bool opens = n == 0;
-    back_.retake(clocks_, nudges, y0_, opens ? nullptr : f0_, dense);
-    for (bool more = dense; more;) more = add_outputs(has_row);
-    back_.pull(clocks_, nudges, opens, n + 1 < steps.size(), dense);
-    if (!back_.wants_time) return;
-    for (int l = 0; l < live_; ++l) {
-      if (n < count_[l]) move_ends(l);
-    }
+    const bool opens = n == 0, hands_on = n + 1 < steps.size();
+    place(steps, n, moving);
+    Lanewise due = moving & (next_ > clocks_.t0);
+    if (any(due & (next_ == clocks_.t1))) take_results(due);
+    due = due & (next_ > clocks_.t0);
+    const bool dense = any(due);
+    back_.retake(clocks_, nudges, y0_, opens ? nullptr : f0_, hands_on, dense);
+    for (; any(due); due = due & (next_ > clocks_.t0)) add_outputs(due);
+    back_.pull(clocks_, nudges, opens, hands_on, dense);
+    if (back_.wants_time) move_ends(n);
   }
 
-  // Row n of the record. A lane that rests has no cotangent yet, and takes the place of one that does
-  // not: what is pulled through it stays zero as long as it is finite.
-  void place(const TileRecord<Field>& steps, int64_t n) {
-    int mate = 0;
-    while (n >= count_[mate]) ++mate;
+  // Row n of the record.
+  void place(const TileRecord<Field>& steps, int64_t n, const Lanewise& moving) {
     const auto& of = steps.times(n);
-    V part;
-    for (int l = 0; l < L; ++l) {
-      const int from = n < count_[l] ? l : mate;
-      place_lane(l, first_ + from, of.t0[from], of.t1[from], of.dt[from]);
-      set_lane(part, l, Real(from == l));
-    }
+    clocks_.t0 = load_unaligned<Times>(of.t0), clocks_.t1 = load_unaligned<Times>(of.t1);
+    clocks_.dt = load_unaligned<Times>(of.dt);
+    clocks_.direction = direction_, clocks_.low = low_, clocks_.high = high_;
+    y0_ = steps.y0(n), f0_ = steps.f0(n), back_.own = own_;
+    if (!all(moving)) replace_resting(moving);
     clocks_.signed_dt = convert<V>(clocks_.direction * clocks_.dt);
-    const auto moving = part > Real(0);
-    const auto settle = [&](const V* from, int64_t count, V* to) {
-      for (int64_t i = 0; i < count; ++i) to[i] = select(moving, from[i], splat<V>(lane(from[i], mate)));
+  }
+
+  // A lane that rests has no cotangent yet. What is pulled through its step stays zero if the step is
+  // finite, and so it takes that of a lane that moves.
+  void replace_resting(const Lanewise& moving) {
+    int mate = 0;
+    while (!lane(moving, mate)) ++mate;
+    const auto replace = [&](Times& x) { x = select(moving, x, splat<Times>(lane(x, mate))); };
+    replace(clocks_.t0), replace(clocks_.t1), replace(clocks_.dt);
+    replace(clocks_.direction), replace(clocks_.low), replace(clocks_.high);
+    V* settled = settled_;
+    const auto settle = [&](const V* from, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        settled[i] = select(mask_of<V>(moving), from[i], splat<V>(lane(from[i], mate)));
+      }
+      return settled += count, settled - count;
     };
-    settle(steps.y0(n), Field::width, y0_);
-    settle(steps.f0(n), Field::width, f0_);
-    settle(own_, Field::own, back_.own);
+    y0_ = settle(y0_, Field::width), f0_ = settle(f0_, Field::width), back_.own = settle(own_, Field::own);
   }
 
-  void place_lane(int l, int64_t sample, double t0, double t1, double dt) {
-    set_lane(clocks_.t0, l, t0), set_lane(clocks_.t1, l, t1), set_lane(clocks_.dt, l, dt);
-    set_lane(clocks_.direction, l, call_.direction[sample]);
-    set_lane(clocks_.low, l, call_.low[sample]), set_lane(clocks_.high, l, call_.high[sample]);
-  }
-
-  // Whether the next output of a lane is the result of its step: `Reverse::is_result`.
-  bool is_result(int l) const {
-    const bool moves = call_.grad_t && row_[l] + 1 < call_.outputs;
-    return times(l)[row_[l]] == lane(clocks_.t1, l) && !moves;
-  }
-
-  void add_cotangent(int l, int64_t row, V* adj) const {
-    const Real* const of_row = static_cast<const Real*>(call_.grad_ys) + row * call_.row;
+  void add_cotangent(int l, V* adj) const {
+    const Real* const row = static_cast<const Real*>(call_.grad_ys) + row_[l] * call_.row;
     for (int64_t f = 0; f < Field::width; ++f) {
-      const Real cotangent = of_row[call_.offset[f] + (first_ + l) * call_.stride[f]];
+      const Real cotangent = row[call_.offset[f] + (first_ + l) * call_.stride[f]];
       set_lane(adj[f], l, lane(adj[f], l) + cotangent);
     }
   }
 
-  // The next output of every lane that has one in this step; whether there are more.
-  template <class HasRow>
-  bool add_outputs(const HasRow& has_row) {
-    V x = zero<V>();
-    clear(adj_output_, Field::width);
+  // The outputs that are the results of steps: see `Reverse::is_result`.
+  void take_results(const Lanewise& due) {
     for (int l = 0; l < live_; ++l) {
-      if (!has_row(l)) continue;
-      const double t0 = lane(clocks_.t0, l), t1 = lane(clocks_.t1, l);
-      set_lane(x, l, Real((times(l)[row_[l]] - t0) / (t1 - t0)));
-      add_cotangent(l, row_[l], adj_output_);
+      while (lane(due, l) && lane(next_, l) == lane(clocks_.t1, l)) {
+        if (call_.grad_t && row_[l] + 1 < call_.outputs) break;
+        add_cotangent(l, back_.adj());
+        set_row(l, row_[l] - 1);
+      }
     }
-    const V moved = back_.add_output(x, adj_output_);
-    bool more = false;
-    for (int l = 0; l < live_; ++l) {
-      if (!has_row(l)) continue;
-      add_time(l, row_[l]--, lane(moved, l));
-      more = more || has_row(l);
-    }
-    return more;
   }
 
-  // Steps move with the first time, and with the last if they end there.
-  void move_ends(int l) const {
+  // The next outputs inside the steps, one of every lane that has any.
+  void add_outputs(const Lanewise& due) {
+    const Times length = clocks_.t1 - clocks_.t0;
+    const V x = convert<V>(select(due, (next_ - clocks_.t0) / length, zero<Times>()));
+    clear(adj_output_, Field::width);
+    for (int l = 0; l < live_; ++l) {
+      if (lane(due, l)) add_cotangent(l, adj_output_);
+    }
+    const V moved = back_.add_output(x, adj_output_);
+    for (int l = 0; l < live_; ++l) {
+      if (!lane(due, l)) continue;
+      add_time(l, row_[l], lane(moved, l));
+      set_row(l, row_[l] - 1);
+    }
+  }
+
+  // Steps move with the first time, and with the last where they end there.
+  void move_ends(int64_t n) {
     const int64_t last = call_.outputs - 1;
-    add_time(l, 0, lane(back_.start, l));
-    add_time(l, lane(clocks_.t1, l) == times(l)[last] ? last : 0, lane(back_.end, l));
+    const Lanewise ending = counts_ == double(n + 1);
+    for (int l = 0; l < live_ && any(ending); ++l) {
+      if (!lane(ending, l) || lane(clocks_.t1, l) != times(l)[last]) continue;
+      add_time(l, last, lane(back_.end, l));
+      set_lane(back_.end, l, 0);
+    }
+    moved_ = moved_ + (back_.start + back_.end);
   }
   void add_time(int l, int64_t row, Real moved) const {
     if (call_.grad_t) grad_t_of(call_, chunk_, first_ + l)[row] += double(moved);
@@ -153,23 +165,21 @@ class ReverseBatch {
     if (repeats && back_.wants_time) take_first_slopes();
     for (int l = 0; l < live_; ++l) {
       for (; row_[l] >= 0; --row_[l]) {
-        add_cotangent(l, row_[l], back_.adj());
+        add_cotangent(l, back_.adj());
         if (row_[l] > 0 && back_.wants_time) move_start(l);
       }
     }
   }
   void take_first_slopes() {
-    load_state<Field>(call_, first_, call_.y0, y0_);
-    for (int64_t r = 0; r < Field::own; ++r) back_.own[r] = own_[r];
-    for (int l = 0; l < L; ++l) {
-      const int from = l < live_ ? l : 0;
-      place_lane(l, first_ + from, *times(from), *times(from), 0);
-    }
-    back_.evaluate(0, clocks_.time(0, 0), y0_);
+    back_.own = own_;
+    load_state<Field>(call_, first_, call_.y0, settled_);
+    clocks_.direction = direction_, clocks_.low = low_, clocks_.high = high_;
+    for (int l = 0; l < live_; ++l) set_lane(clocks_.t0, l, *times(l));
+    back_.evaluate(0, clocks_.time(0, 0), settled_);
   }
   void move_start(int l) {
     clear(adj_output_, Field::width);
-    add_cotangent(l, row_[l], adj_output_);
+    add_cotangent(l, adj_output_);
     Real moved = 0;
     for (int64_t f = 0; f < Field::width; ++f) moved += lane(adj_output_[f], l) * lane(back_.k[f], l);
     add_time(l, row_[l], moved);
@@ -180,11 +190,16 @@ class ReverseBatch {
   BatchRecord<Field>& record_;
   const Chunk<Field>& chunk_;
   Back back_;
-  V *adj_output_, *y0_, *f0_, *own_;
+  V *adj_output_, *settled_, *own_;
 
-  OwnClocks<Field> clocks_;
-  int64_t first_ = 0, count_[L], row_[L];  // row: the last output whose cotangent is still to come
+  int64_t first_ = 0;
   int live_ = 0;
+  Times direction_, low_, high_, counts_;
+  OwnClocks<Field> clocks_;  // of the step, whose state and slope are
+  const V *y0_ = nullptr, *f0_ = nullptr;
+  int64_t row_[L];  // the last outputs whose cotangents are still to come
+  Times next_;      // their times
+  V moved_;         // cotangents of what the starts of the steps move with
 };
 
 template <class Field, class Method>

@@ -71,7 +71,7 @@ class Tiles {
     double* const sums = sums_.data();
     for_each([=](const Part& tile, int64_t i) {
       const int live = live_lanes<Field>(*call, tile.first);
-      for_each_member<Field>(*call, error_of(tile), [&](int64_t m, TimeOf<Field> sum) {
+      tile.for_each_member(error_of(tile), [&](int64_t m, TimeOf<Field> sum) {
         for (int l = live; l < Field::lanes; ++l) set_lane(sum, l, 0);
         sums[i * call->member_count + m] = sum_of_lanes(sum);
       });
@@ -170,10 +170,10 @@ class Solve {
     dt_ = call_.first_step;
     if (dt_ == dt_) return;
     const double d0 = tiles_.norm([](const Part& tile) {
-      return [&tile](int64_t f) { return tile.scaled(f, tile.y0[f], tile.y0); };
+      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.y0[f], tile.y0); };
     });
     const double d1 = tiles_.norm([](const Part& tile) {
-      return [&tile](int64_t f) { return tile.scaled(f, tile.k[f], tile.y0); };
+      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.k[f], tile.y0); };
     });
     if (!is_finite(d1)) {
       error_ratio_ = d1;
@@ -187,7 +187,7 @@ class Solve {
     ++nfe_;
     const double difference = tiles_.norm([clock = clock_](const Part& tile) {
       tile.template evaluate<EulerRow>(clock, 1, 0, 1, nullptr);
-      return [&tile](int64_t f) { return tile.scaled(f, tile.k[Part::width + f] - tile.k[f], tile.y0); };
+      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.k[Part::width + f] - tile.k[f], tile.y0); };
     });
     dt_ = initial_step(h0, d1, difference / h0, Method::order);
   }
@@ -230,7 +230,9 @@ class Solve {
     nfe_ += Method::stages - 1;
     const double norm = tiles_.norm([clock = clock_](const Part& tile) {
       tile.take_step(clock, -1);
-      return [&tile, clock](int64_t f) { return tile.scaled_error_of_step(f, clock); };
+      return [&tile, clock](const auto& tolerance, int64_t f) {
+        return tile.scaled_error_of_step(tolerance, f, clock);
+      };
     });
     const Decision decision = decide(norm, dt_, control_);
     error_ratio_ = norm;

@@ -99,9 +99,10 @@ struct StepBack {
   // ---- forwards ----------------------------------------------------------------------------------
 
   // Takes the step again from y0. Without f0 its first slope is evaluated; with `dense` the stages
-  // that outputs inside the step need are taken too.
+  // that outputs inside the step need are taken too. The last stage may be nobody's but the next step's.
   template <class Clock>
-  FLASHODE_HD void retake(const Clock& clock, Nudges nudges, const V* from, const V* f0, bool dense) {
+  FLASHODE_HD void retake(const Clock& clock, Nudges nudges, const V* from, const V* f0, bool hands_on,
+                          bool dense) {
     y0 = from;
     start = end = zero<V>();
     if (f0 == nullptr) {
@@ -109,7 +110,7 @@ struct StepBack {
     } else {
       for (int64_t f = 0; f < width; ++f) k[f] = f0[f];
     }
-    take_stages<1>(clock, nudges.end);
+    take_stages<1>(clock, nudges.end, hands_on || dense || !Column<Method, last, false>::is_empty());
     if (!dense) return;
     take_extra<0>(clock);
     clear(adj_outputs, slopes * width);
@@ -117,11 +118,12 @@ struct StepBack {
   }
 
   template <int i, class Clock>
-  FLASHODE_HD void take_stages(const Clock& clock, int nudge_at_end) {
+  FLASHODE_HD void take_stages(const Clock& clock, int nudge_at_end, bool needs_last) {
     if constexpr (i < stages) {
+      if (i == last && !needs_last) return;
       take_state<StageRow<Method, i>>(i, clock.step());
       evaluate(i, clock.time(Method::c[i], Method::c[i] == 1 ? nudge_at_end : 0), y + i * width);
-      take_stages<i + 1>(clock, nudge_at_end);
+      take_stages<i + 1>(clock, nudge_at_end, needs_last);
     }
   }
   template <int i, class Clock>

@@ -28,6 +28,13 @@ FLASHODE_HD int live_lanes(const Call& call, int64_t first) {
   return left < Field::lanes ? int(left) : Field::lanes;
 }
 
+// Of an error ratio (control.h). The exponents are small, so that the rounding of the logarithm is
+// not much, and the result costs half of what `pow` does.
+template <class T, int L>
+FLASHODE_HD Vector<T, L> power(const Vector<T, L>& x, double exponent) {
+  return exp(T(exponent) * log(x));
+}
+
 // ---- from the caller's arrays and back ---------------------------------------------------------
 
 // One number of the samples from `first` on; lanes beyond the last sample repeat it.
@@ -135,6 +142,46 @@ struct OneClock {
 
 // ---- a tile ------------------------------------------------------------------------------------
 
+// Tolerances of number f: the same for all, or each its own. Loops are made for either.
+template <class V>
+struct OneTolerance {
+  const V relative, absolute;
+  FLASHODE_HD const V& rtol(int64_t) const { return relative; }
+  FLASHODE_HD const V& atol(int64_t) const { return absolute; }
+};
+template <class V>
+struct EachTolerance {
+  const V *relative, *absolute;
+  FLASHODE_HD const V& rtol(int64_t f) const { return relative[f]; }
+  FLASHODE_HD const V& atol(int64_t f) const { return absolute[f]; }
+};
+
+// Sums of the squares of error(f) over the numbers of one member, one for each lane. A single system
+// has several sums in a row, or each number would wait for the one before.
+template <class Field, class Error>
+FLASHODE_HD TimeOf<Field> sum_of_squares(const Error& error, int64_t begin, int64_t end) {
+  using Sum = TimeOf<Field>;
+  constexpr int chains = 16;
+  Sum sum = zero<Sum>();
+  int64_t f = begin;
+  if constexpr (Field::lanes == 1 && Field::width >= chains) {
+    double sums[chains] = {};
+    for (; f + chains <= end; f += chains) {
+#pragma GCC ivdep
+      for (int i = 0; i < chains; ++i) {
+        const double x = double(error(f + i));
+        sums[i] = add_term(sums[i], x, x);
+      }
+    }
+    for (int i = 0; i < chains; ++i) sum += sums[i];
+  }
+  for (; f < end; ++f) {
+    const Sum x = convert<Sum>(error(f));
+    sum = add_term(sum, x, x);
+  }
+  return sum;
+}
+
 template <class Field, class Method>
 struct Tile {
   using Real = typename Field::Real;
@@ -151,19 +198,20 @@ struct Tile {
   int64_t first;       // sample
   V *y0, *y1, *k;      // slope j of number f is k[j * width + f]
   V *stage, *own, *scratch;
-  V *rtol, *atol;      // of every number; null where one serves for all
+  V *rtol, *atol;      // of every number; both null where one serves for all
 
   // Numbers of work space that a tile needs for itself, and that it may share.
   static int64_t own_size(const Call& call) {
-    return (2 + slopes + (call.each_rtol != nullptr) + (call.each_atol != nullptr)) * width + Field::own;
+    return (2 + slopes + (has_each(call) ? 2 : 0)) * width + Field::own;
   }
+  static bool has_each(const Call& call) { return call.each_rtol || call.each_atol; }
   static constexpr int64_t shared_size = (is_small ? 0 : width) + Field::scratch;
 
   Tile(const Call& c, const Real* prepared, V* space, V* shared) : call(&c), prepared(prepared) {
     const auto take = [&](int64_t n) { return space += n, space - n; };
     y0 = take(width), y1 = take(width), k = take(slopes * width), own = take(Field::own);
-    rtol = c.each_rtol ? take(width) : nullptr;
-    atol = c.each_atol ? take(width) : nullptr;
+    rtol = has_each(c) ? take(width) : nullptr;
+    atol = has_each(c) ? take(width) : nullptr;
     share(shared);
   }
   void share(V* shared) { stage = shared, scratch = shared + (is_small ? 0 : width); }
@@ -172,8 +220,12 @@ struct Tile {
     first = sample;
     load_state<Field>(*call, first, call->y0, y0);
     load_own<Field>(*call, first, own);
-    if (rtol) load_state<Field>(*call, first, call->each_rtol, rtol);
-    if (atol) load_state<Field>(*call, first, call->each_atol, atol);
+    if (!rtol) return;
+    for (int64_t f = 0; f < width; ++f) {
+      rtol[f] = splat<V>(Real(call->rtol)), atol[f] = splat<V>(Real(call->atol));
+    }
+    if (call->each_rtol) load_state<Field>(*call, first, call->each_rtol, rtol);
+    if (call->each_atol) load_state<Field>(*call, first, call->each_atol, atol);
   }
 
   template <class Time>
@@ -187,6 +239,7 @@ struct Tile {
     V local[is_small ? width : 1];
     V* const state = y ? y : is_small ? local : stage;
     const V step = clock.step();
+#pragma GCC ivdep
     for (int64_t f = 0; f < width; ++f) {
       state[f] = add_term(y0[f], step, sum_of_terms<Row, width>(k + f));
     }
@@ -203,6 +256,7 @@ struct Tile {
       take_step<i + 1>(clock, nudge_at_end);
     } else if constexpr (!Method::fsal) {
       const V step = clock.step();
+#pragma GCC ivdep
       for (int64_t f = 0; f < width; ++f) {
         y1[f] = add_term(y0[f], step, sum_of_terms<ResultRow<Method>, width>(k + f));
       }
@@ -218,13 +272,24 @@ struct Tile {
     }
   }
 
-  FLASHODE_HD V scaled(int64_t f, const V& error, const V* end) const {
-    return scaled_error(error, y0[f], end[f], rtol ? rtol[f] : splat<V>(Real(call->rtol)),
-                        atol ? atol[f] : splat<V>(Real(call->atol)));
+  template <class Tolerance>
+  FLASHODE_HD V scaled(const Tolerance& tolerance, int64_t f, const V& error, const V* end) const {
+    return scaled_error(error, y0[f], end[f], tolerance.rtol(f), tolerance.atol(f));
   }
-  template <class Clock>
-  FLASHODE_HD V scaled_error_of_step(int64_t f, const Clock& clock) const {
-    return scaled(f, clock.step() * sum_of_terms<ErrorRow<Method>, width>(k + f), y1);
+  template <class Tolerance, class Clock>
+  FLASHODE_HD V scaled_error_of_step(const Tolerance& tolerance, int64_t f, const Clock& clock) const {
+    return scaled(tolerance, f, clock.step() * sum_of_terms<ErrorRow<Method>, width>(k + f), y1);
+  }
+
+  // visit(m, sum) with the sums over every member of the squares of error(tolerance, f), one for each
+  // lane.
+  template <class Error, class Visit>
+  FLASHODE_HD void for_each_member(const Error& error, const Visit& visit) const {
+    if (rtol) {
+      visit_members(EachTolerance<V>{rtol, atol}, error, visit);
+    } else {
+      visit_members(OneTolerance<V>{splat<V>(Real(call->rtol)), splat<V>(Real(call->atol))}, error, visit);
+    }
   }
 
   static FLASHODE_HD bool is_finite_state(const V* y) {
@@ -242,28 +307,17 @@ struct Tile {
     const V* const last = k + (Method::stages - 1) * width;
     for (int64_t f = 0; f < width; ++f) y0[f] = y1[f], k[f] = last[f];
   }
+
+ private:
+  template <class Tolerance, class Error, class Visit>
+  FLASHODE_HD void visit_members(const Tolerance& tolerance, const Error& error, const Visit& visit) const {
+    const auto of_number = [&](int64_t f) { return error(tolerance, f); };
+    if (call->member_count == 1) return visit(0, sum_of_squares<Field>(of_number, 0, width));
+    for (int64_t m = 0; m < call->member_count; ++m) {
+      visit(m, sum_of_squares<Field>(of_number, call->members[m], call->members[m + 1]));
+    }
+  }
 };
-
-// Sums of the squares of error(f) over the numbers of one member, one for each lane.
-template <class Field, class Error>
-FLASHODE_HD TimeOf<Field> sum_of_squares(const Error& error, int64_t begin, int64_t end) {
-  using Sum = TimeOf<Field>;
-  Sum sum = zero<Sum>();
-  for (int64_t f = begin; f < end; ++f) {
-    const Sum x = convert<Sum>(error(f));
-    sum = add_term(sum, x, x);
-  }
-  return sum;
-}
-
-// visit(m, sum) with the sums of every member.
-template <class Field, class Error, class Visit>
-FLASHODE_HD void for_each_member(const Call& call, const Error& error, const Visit& visit) {
-  if (call.member_count == 1) return visit(0, sum_of_squares<Field>(error, 0, Field::width));
-  for (int64_t m = 0; m < call.member_count; ++m) {
-    visit(m, sum_of_squares<Field>(error, call.members[m], call.members[m + 1]));
-  }
-}
 
 // ---- dense output ------------------------------------------------------------------------------
 

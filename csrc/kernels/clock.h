@@ -22,13 +22,18 @@ FLASHODE_HD double next_value(double x, int nudge) { return double_of(next_bits(
 FLASHODE_HD Half next_value(Half x, int nudge) { return {next_bits(x.bits, nudge)}; }
 FLASHODE_HD BFloat16 next_value(BFloat16 x, int nudge) { return {next_bits(x.bits, nudge)}; }
 
-// t in the dtype of T; `nudge` -1 and +1 take the value just before or after it.
+// x as a time; `nudge` -1 and +1 take the value just before or after it.
 template <class T>
-FLASHODE_HD double round_time(double t, int nudge) {
-  const T x = narrow<T>(wide_t<T>(t));
+FLASHODE_HD double nudged(T x, int nudge) {
   const bool at_limit = double(widen(x)) == (nudge < 0 ? -INFINITY : INFINITY);
   const T next = next_value(x, nudge);
   return double(widen(nudge == 0 || at_limit ? x : next));
+}
+
+// t in the dtype of T.
+template <class T>
+FLASHODE_HD double round_time(double t, int nudge) {
+  return nudged(narrow<T>(wide_t<T>(t)), nudge);
 }
 
 inline double round_time(double t, int nudge, Dtype dtype) {

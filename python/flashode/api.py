@@ -17,6 +17,7 @@ from .errors import ArgumentError, ArgumentTypeError, Status
 from .events import Inquiry, events_of
 from .options import warn_of_idle_stops
 from .problem import Problem
+from .program import CompiledField
 from .progress import require_progress, shown
 from .pytrees import Tree
 from .solution import Solution, finish
@@ -45,7 +46,8 @@ def odeint(
             either; the solve ends where the first element of any changes sign, to within ``atol`` in
             ``t``. ``t`` then holds the initial time and one later time that only gives the direction.
         args: tuple of further arguments of ``func``: Tensors, or anything else.
-        engine: ``"auto"``, ``"native"``, ``"reference"``, or ``"scipy"``, which is for its own method.
+        engine: ``"auto"``, ``"native"``, ``"reference"``, ``"scipy"``, which is for its own method, or
+            ``"compiled"``, which a field made by `compile` has anyway.
         progress: whether to show a progress bar (needs tqdm).
 
     Returns:
@@ -254,10 +256,14 @@ def odeint_adjoint(
             "odeint_adjoint has no options['batched']; use odeint, which has gradients per sample"
         )
     require_progress(progress)
-    params = collect_params(func, adjoint_params, args)
+    all_captured = isinstance(func, CompiledField) and adjoint_params is None
+    params = () if all_captured else collect_params(func, adjoint_params, args)
     problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
     with torch.no_grad():  # as the engine will work
         name = choose(problem, engine)
+    if all_captured:  # its program knows them
+        with torch.set_grad_enabled(torch.is_grad_enabled() and adjoint == "checkpoint"):
+            params = func.differentiated(problem) if name == "compiled" else collect_params(func, None, args)
     spec = make_spec(
         problem, options, rtol, atol, method,
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint, checkpoints, engine,

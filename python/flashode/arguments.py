@@ -8,8 +8,8 @@ from __future__ import annotations
 import cmath
 import difflib
 import math
-import operator
 import numbers
+import operator
 import warnings
 
 import torch

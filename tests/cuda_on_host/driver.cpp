@@ -175,7 +175,7 @@ double cpu_segment_norm(const Operands& a) {
 }
 
 void decision_of(double norm, double dt, const Control& control, Decision* decision) {
-  *decision = decide(norm, dt, control);
+  *decision = decide(norm, dt, Controller(control));
 }
 
 void widen_all(int dtype, const uint16_t* bits, float* wide, int64_t n) {

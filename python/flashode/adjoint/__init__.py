@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from ..augmented import Path
-from ..engines import ENGINES
+from ..engines import ENGINES, choose
 from ..errors import ArgumentError
 from ..problem import Problem
 from ..progress import shown
@@ -26,6 +26,8 @@ _MODES = {"backsolve": backsolve, "interpolated": backsolve, "checkpoint": check
 
 def solve_with_adjoint(problem: Problem, spec: AdjointSpec, params: tuple, engine: str) -> Solution:
     """Solves ``problem`` with gradients to its state, its times and ``params`` by `spec`."""
+    if engine == "compiled" and spec.mode != "backsolve":
+        return _by_program(problem, spec, params)
     # The engine works on values alone; autograd sees one node with these inputs.
     grid = problem.grid
     inputs = problem.y0, problem.t, grid, *params
@@ -47,6 +49,21 @@ def solve_with_adjoint(problem: Problem, spec: AdjointSpec, params: tuple, engin
     return solution
 
 
+def _by_program(problem: Problem, spec: AdjointSpec, params: tuple) -> Solution:
+    """A solve whose program keeps its steps, and has another that goes back through them."""
+    if spec.mode == "interpolated":
+        raise ArgumentError(
+            "adjoint='interpolated' needs dense output, which programs of compiled fields do not keep: take "
+            "adjoint='checkpoint', which is exact"
+        )
+    if spec.checkpoints is not None:
+        raise ArgumentError(
+            f"checkpoints={spec.checkpoints} cannot be used with a compiled field: its program keeps all steps; solve "
+            "with func itself where memory is short"
+        )
+    return finish(problem, ENGINES["compiled"].solve(problem, params=params), "compiled", throw=True)
+
+
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, spec, engine, recording, result, y0, t, grid, *params):
@@ -54,6 +71,9 @@ class _Adjoint(torch.autograd.Function):
             outcome = ENGINES[engine].solve(watched, recording)
         solution = finish(problem, outcome, engine, throw=True)
         result.append(solution)
+        if engine == "compiled":  # there is no program for the way back of this mode: it calls func itself
+            problem = replace(problem, func=problem.func.func)
+            engine = choose(problem, "auto")
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
         ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
         ctx.autocast = _autocast(problem.y0.device.type)

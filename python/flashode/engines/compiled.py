@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import time
 from array import array
+from dataclasses import replace
 
 import torch
 
 from .. import transforms
 from ..augmented import Path
 from ..batched import BatchOutcome, BatchProblem
-from ..errors import ArgumentError, Status, StepFailure
+from ..errors import ArgumentError, CompileError, Status, StepFailure
 from ..problem import Problem
-from ..program import CompiledField, Program
+from ..program import CompiledField, Program, example
 from ..program.call import Call, Interrupted, Returned
 from ..progress import Progress
 from ..solution import Outcome
@@ -48,14 +50,17 @@ def supports(problem: Problem) -> str | None:
     return transforms.active()
 
 
-def solve(problem: Problem, recording=None) -> Outcome:
-    """Integrates through all output times. Outputs carry the gradients of the discrete solve."""
+def solve(problem: Problem, recording=None, params=None) -> Outcome:
+    """Integrates through all output times. Outputs carry the gradients of the discrete solve, to all tensors that
+    ``func`` captured or to those among ``params``."""
     if isinstance(recording, Path):
         raise ArgumentError("the compiled engine keeps no dense output: solve with func itself, uncompiled")
     program, inputs = problem.func.program(problem)
+    if not program.checked:
+        check(problem, program, inputs)
     if program.differentiable is None:
         return _Run(problem, program, inputs).solve(records=False)
-    return _recorded(problem, program, inputs)
+    return _recorded(problem, program, inputs, params)
 
 
 def solve_batch(problem: BatchProblem) -> BatchOutcome:
@@ -113,8 +118,8 @@ class _Run:
         call.offset, call.stride, call.members = state.offset, state.stride, state.members
         call.member_count = len(p.norm_offsets) - 1
         call.y0, call.ys, call.y_end = self.y0.data_ptr(), self.ys.data_ptr(), self.y_end.data_ptr()
-        call.inputs = self.numbers([x.data_ptr() for x in self.inputs], _POINTER)
-        call.own = self.numbers([self.inputs[i].data_ptr() for i, _, _ in program.own], _POINTER)
+        call.inputs = self.addresses(self.inputs)
+        call.own = self.addresses([self.inputs[i] for i, _, _ in program.own])
         call.own_offset, call.own_stride = state.own_offset, state.own_stride
 
     @property
@@ -173,7 +178,9 @@ class _Run:
 
     def execute(self, name: str):
         """Calls an entry of the program."""
+        began = time.perf_counter()
         returned = self.program.entries[name](ctypes.byref(self.call))
+        self.program.spend(name, time.perf_counter() - began)
         if returned == Returned.INTERRUPTED:
             error, _Run.interruption = _Run.interruption, None
             raise error or KeyboardInterrupt
@@ -191,6 +198,21 @@ class _Run:
         finally:
             if not records:
                 self.release()
+
+    def pull_back(self, name, grad_ys, grad_t):
+        """Gradients of the start and of the inputs, None for those that have none; of the times in place."""
+        call, program = self.call, self.program
+        adj_y0 = torch.zeros_like(self.y0)
+        grads = [torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(self.inputs)]
+        call.grad_ys, call.adj_y0 = self.array(grad_ys, program.dtype).data_ptr(), adj_y0.data_ptr()
+        call.grad_inputs = self.addresses(grads)
+        call.grad_own = self.addresses([grads[i] for i, _, _ in program.own])
+        call.grad_t = None if grad_t is None else grad_t.data_ptr()
+        self.execute(name)
+        return adj_y0.reshape(self.p.y0.shape), grads
+
+    def addresses(self, tensors) -> int:
+        return self.numbers([None if x is None else x.data_ptr() for x in tensors], _POINTER)
 
     def release(self):
         """Gives back what the program has allocated."""
@@ -226,13 +248,64 @@ class _Run:
                 outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + outcome.dt, outcome.dt, None)
 
 
+# ---- the check of a new program ------------------------------------------------------------
+
+
+def check(problem: Problem, program: Program, inputs):
+    """Compares one evaluation, and one vector-Jacobian product, with those of func itself.
+
+    Raises CompileError where they differ: a program must not give what func would not.
+    """
+    t, y = example(problem)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+    y = y + 0.01 * (1 + y.abs()) * noise  # a start is often at zero, where much is alike
+    run = _Run(replace(problem, y0=y), program, inputs)
+    run.execute("evaluate")
+    backward = program.differentiable is not None
+    with torch.inference_mode(False), torch.set_grad_enabled(backward):
+        wanted = [inputs[i] for i in program.differentiable or ()]
+        # Leaves of their own: what func captured may have a graph behind it, or hooks.
+        y, t = (x.clone().requires_grad_(backward) for x in (y, t))
+        f = problem.slope(problem.func.func(t, problem.unflatten(y), *problem.args))
+        _require_alike("f(t, y)", run.ys[0], f)
+        if backward:
+            grads = [None] * (2 + len(wanted))
+            if f.requires_grad:
+                grads = torch.autograd.grad(f, [y, t, *wanted], noise, allow_unused=True)
+            of_t = torch.zeros_like(run.times[..., :1])
+            of_y, of_inputs = run.pull_back("pull_back", noise, of_t)
+            names = ["y", "t", *(f"captured tensor {i}" for i in program.differentiable)]
+            found = [of_y, of_t.sum(), *(g for g in of_inputs if g is not None)]
+            for name, ours, theirs in zip(names, found, grads):
+                theirs = torch.zeros_like(ours) if theirs is None else theirs
+                _require_alike(f"the gradient to {name}", ours, theirs.sum() if name == "t" else theirs)
+    program.checked = True
+
+
+def _require_alike(what, ours, theirs):
+    theirs = theirs.detach()
+    finite = torch.isfinite(theirs)
+    size = theirs[finite].abs().max().item() if finite.any() else 0.0
+    allowed = {torch.float32: 1e-2, torch.float64: 1e-5}[theirs.dtype] * size + 1e-6
+    off = (ours.reshape(theirs.shape).to(theirs.dtype) - theirs)[finite].abs()
+    if off.numel() and not off.max() <= allowed:
+        raise CompileError(
+            f"the program that was generated for func is wrong: {what} is off by {off.max().item():.3g}, and its largest "
+            f"entry is {size:.3g}; solve without flashode.compile, and please report it"
+        )
+
+
 # ---- gradients -----------------------------------------------------------------------------
 
 
-def _recorded(problem: Problem, program: Program, inputs):
+def _recorded(problem: Problem, program: Program, inputs, params):
     """A solve whose outputs carry gradients, by one backward program."""
     result = []
     differentiable = [inputs[i] for i in program.differentiable]
+    if params is not None:
+        wanted = {id(p) for p in params}
+        differentiable = [x if id(x) in wanted else x.detach() for x in differentiable]
     ys = _Solve.apply(problem, program, inputs, result, problem.y0, problem.t, problem.grid, *differentiable)
     (outcome,) = result
     outcome.ys = ys
@@ -258,25 +331,17 @@ class _Solve(torch.autograd.Function):
     def backward(ctx, grad_ys):
         ctx.saved_tensors
         run = ctx.run.run
-        call, p, program = run.call, run.p, run.program
-        grad_ys = run.array(grad_ys, program.dtype)
-        adj_y0 = torch.zeros_like(run.y0)
+        call, p = run.call, run.p
         needs_t = any(ctx.needs_input_grad[5:7])
-        grads = [torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(run.inputs)]
-        call.grad_ys, call.adj_y0 = grad_ys.data_ptr(), adj_y0.data_ptr()
-        call.grad_inputs = run.numbers([None if g is None else g.data_ptr() for g in grads], _POINTER)
-        of_own = [grads[i] for i, _, _ in program.own]
-        call.grad_own = run.numbers([None if g is None else g.data_ptr() for g in of_own], _POINTER)
         grad_t = torch.zeros_like(run.times) if needs_t else None
         grad_grid = torch.zeros(len(p.grid), dtype=torch.float64) if needs_t and p.grid is not None else None
-        call.grad_t = None if grad_t is None else grad_t.data_ptr()
         call.grad_grid = None if grad_grid is None else grad_grid.data_ptr()
-        run.execute("reverse")
+        adj_y0, grads = run.pull_back("reverse", grad_ys, grad_t)
         grads = [g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors) if g is not None]
         if grad_t is not None:
             direction = p.direction[: len(grad_t), None] if run.batched else p.direction
             grad_t = (direction * grad_t).reshape(ctx.times.shape).to(ctx.times)
-        return None, None, None, None, adj_y0.reshape(p.y0.shape), grad_t, grad_grid, *grads
+        return None, None, None, None, adj_y0, grad_t, grad_grid, *grads
 
 
 class _Held:

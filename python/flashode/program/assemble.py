@@ -33,25 +33,30 @@ class Program:
     """A compiled solve.
 
     Attributes:
+        method: name of the method.
         layout: of the state that it was made for.
         lanes: samples that it works on together.
         own: constants of a sample: input, position, and distance of the next sample's.
         differentiable: numbers of the inputs that the backward pass has gradients for; None where there is no
             backward pass.
-        lines: of the graph that it was made from, for `explain`.
+        shapes: of the tensors that func captured.
         seconds: spent on tracing, generating and compiling.
     """
 
+    method: str
     layout: Layout
     own_clocks: bool
     lanes: int
     dtype: torch.dtype
     own: list[tuple[int, int, int]]
     differentiable: tuple[int, ...] | None
+    shapes: tuple[tuple[int, ...], ...]
     form: Form
     library: build.Library
     seconds: dict[str, float] = field(default_factory=dict)
     states: dict[int, State] = field(default_factory=dict)
+    checked: bool = False  # against func
+    calls: dict[str, tuple[int, float]] = field(default_factory=dict)  # of its entries: how many, how long
 
     @cached_property
     def entries(self) -> dict:
@@ -65,6 +70,11 @@ class Program:
             found[name] = function
         return found
 
+    def spend(self, entry: str, seconds: float):
+        """Counts a call of an entry."""
+        count, spent = self.calls.get(entry, (0, 0.0))
+        self.calls[entry] = count + 1, spent + seconds
+
     def placed(self, problem: Problem) -> State:
         """Addresses of what a call says of where numbers lie; the same for all solves of as many samples."""
         samples = self.samples_of(problem)
@@ -77,14 +87,6 @@ class Program:
             return 1
         shape = problem.y0.shape if problem.shapes is None else problem.shapes[0]
         return shape[0 if self.layout.kind == ROWS else -1]
-
-    def fits(self, layout: Layout) -> bool:
-        """Whether it serves states of another number of samples."""
-        return (
-            self.layout.kind == layout.kind
-            and self.layout.of_one == layout.of_one
-            and lanes_for(layout, self.form, self.dtype) == self.lanes
-        )
 
 
 class State:
@@ -133,7 +135,7 @@ def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Te
     def flat(t, y):
         return problem.slope(func(t, problem.unflatten(y), *problem.args))
 
-    t, y = _example(problem)
+    t, y = example(problem)
     traced = trace(flat, t, y)
     inputs = traced.inputs
     gradients = gradients(inputs)
@@ -151,10 +153,14 @@ def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Te
     library = build.load(text)
     seconds["compile"] = time.perf_counter() - began
     differentiable = tuple(i for i, x in enumerate(inputs) if x.requires_grad) if gradients else None
-    return Program(layout, batched, lanes, y.dtype, fields.own, differentiable, form, library, seconds), inputs
+    program = Program(
+        problem.method.name, layout, batched, lanes, y.dtype, fields.own, differentiable,
+        tuple(tuple(x.shape) for x in inputs), form, library, seconds,
+    )  # fmt: skip
+    return program, inputs
 
 
-def _example(problem: Problem):
+def example(problem: Problem):
     """A time and a state as func sees them."""
     if isinstance(problem, BatchProblem):
         t = (problem.direction * problem.times[:, 0]).reshape(problem.time_shape).to(problem.y0.dtype)

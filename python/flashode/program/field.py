@@ -13,6 +13,7 @@ from ..arguments import kind_of
 from ..errors import ArgumentTypeError
 from .assemble import Program, assemble
 from .captured import Captured, Walk
+from .explain import explain
 
 # Programs that a field holds: for states of other shapes, modes and values that it was solved with.
 PROGRAMS = 64
@@ -103,6 +104,14 @@ class CompiledField(nn.Module):
             program, tensors = assemble(problem, self.func, _wants_gradients(problem))
             self._hold(key, program, walk.captured(tensors))
             return program, tensors
+
+    def differentiated(self, problem) -> tuple[torch.Tensor, ...]:
+        """The tensors that func reads, and that have gradients to be had."""
+        return tuple(x for x in self.program(problem)[1] if x.requires_grad)
+
+    def explain(self) -> str:
+        """What was compiled so far: operations by line of func, source, cost, and time spent; a text."""
+        return explain(self)
 
     def _key(self, problem) -> tuple:
         """What a program is made for, beside what func refers to.
