@@ -30,6 +30,7 @@ LAYERS = [
     ["program/lower", "program/source", "program/recorder", "program/captured"],
     ["program/trace"],
     ["program/assemble"],
+    ["program/explain"],
     ["program/field"],
     ["program/__init__"],
     ["engines/reference", "engines/native"],
