@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -73,6 +74,16 @@ def flag(options, name, argument="options") -> bool:
 
 
 def adaptive_fields(options, method: Method, begin: float, direction: float) -> dict:
+    # Most solves are given none: these are worth more than their check.
+    return _adaptive_fields(options, method, begin, direction) if options else _usual_fields(method)
+
+
+@functools.cache
+def _usual_fields(method: Method) -> dict:
+    return _adaptive_fields({}, method, 0.0, 1.0)
+
+
+def _adaptive_fields(options, method: Method, begin: float, direction: float) -> dict:
     control = Controller(
         order=method.order,
         # An implicit step that is refused costs far more than one more step does: on van der Pol's equation

@@ -98,8 +98,9 @@ class _Run:
         self.set_results()
 
     def array(self, x: torch.Tensor, dtype) -> torch.Tensor:
-        """Contiguous memory with the values of a tensor."""
-        x = x.detach().to("cpu", dtype).contiguous()
+        """Contiguous memory with the values of a tensor: its own, if it is so."""
+        if x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
+            x = x.detach().to("cpu", dtype).contiguous()
         self.kept.append(x)
         return x
 
@@ -156,8 +157,8 @@ class _Run:
             call.end = math.inf
         else:
             self.times = self.array(p.t if p.direction > 0 else -p.t, torch.float64)
-            call.direction, low, high = (self.numbers([x]) for x in (p.direction, *p.time_bounds))
-            call.low, call.high = low, high
+            call.direction = self.numbers((p.direction, *p.time_bounds))
+            call.low, call.high = call.direction + 8, call.direction + 16
             call.end = p.end
             call.stop_count = len(p.stops)
             if p.stops:
@@ -169,12 +170,11 @@ class _Run:
             call.grid, call.grid_points = grid.data_ptr(), len(grid)
 
     def set_results(self):
-        n = self.call.samples if self.batched else 1
-        self.whole, self.real = torch.empty((4, n), dtype=torch.int64), torch.empty((3, n), dtype=torch.float64)
-        for row, name in zip(self.whole, ("status", "accepted", "rejected", "filled")):
-            setattr(self.call, name, row.data_ptr())
-        for row, name in zip(self.real, ("t", "dt", "error_ratio")):
-            setattr(self.call, name, row.data_ptr())
+        n, call = (self.call.samples if self.batched else 1), self.call
+        self.whole, self.real = ((of * (rows * n))() for of, rows in ((ctypes.c_int64, 4), (ctypes.c_double, 3)))
+        whole, real, row = ctypes.addressof(self.whole), ctypes.addressof(self.real), 8 * n
+        call.status, call.accepted, call.rejected, call.filled = (whole + i * row for i in range(4))
+        call.t, call.dt, call.error_ratio = (real + i * row for i in range(3))
 
     def execute(self, name: str):
         """Calls an entry of the program."""
@@ -221,8 +221,7 @@ class _Run:
             self.call.recording = None
 
     def outcome(self) -> Outcome:
-        (status,), (accepted,), (rejected,), _ = self.whole.tolist()
-        (t,), (dt,), (error_ratio,) = self.real.tolist()
+        (status, accepted, rejected, _), (t, dt, error_ratio) = self.whole, self.real
         times = array("d")
         if accepted:
             times.frombytes(ctypes.string_at(self.call.accepted_times, times.itemsize * accepted))
@@ -234,7 +233,8 @@ class _Run:
         return outcome
 
     def batch_outcome(self) -> BatchOutcome:
-        (status, accepted, rejected, filled), (t, dt, error_ratio) = self.whole, self.real
+        status, accepted, rejected, filled = torch.tensor(self.whole, dtype=torch.int64).view(4, -1)
+        t, dt, error_ratio = torch.tensor(self.real, dtype=torch.float64).view(3, -1)
         return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
 
     def find_culprit(self, outcome: Outcome):

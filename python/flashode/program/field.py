@@ -132,12 +132,13 @@ class CompiledField(nn.Module):
     # ---- func in all else ------------------------------------------------------------------
 
     def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "func" not in vars(self):
-                raise
-            return getattr(self.func, name)
+        own = vars(self)
+        for kind in ("_parameters", "_buffers", "_modules"):
+            if name in own.get(kind, ()):
+                return own[kind][name]
+        if "func" not in own:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(own["func"], name)
 
     def __setattr__(self, name, value):
         if "func" in vars(self) and name not in vars(self):
