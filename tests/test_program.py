@@ -385,7 +385,7 @@ def test_samples_have_times_of_their_own(program, method):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [dict(first_step=0.3), dict(min_step=0.3), dict(max_step=0.04), dict(controller="pid")], ids=lambda options: " ".join(options))  # fmt: skip
+@pytest.mark.parametrize("options", [dict(first_step=0.3), dict(min_step=0.3), dict(max_step=0.04), dict(controller="pid", first_step=1.5)], ids=lambda options: " ".join(options))  # fmt: skip
 def test_options_of_samples(program, options):
     ours, theirs = both(program("dopri5", F64, 4), "vdp", *start(5), T, options=dict(batched=True) | options)
     assert_same(ours, theirs)
