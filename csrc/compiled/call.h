@@ -8,6 +8,9 @@
 
 namespace flashode {
 
+// What a program returns: how the solve ended stands in the call.
+enum Returned { kDone, kInterrupted, kOutOfMemory };
+
 struct Call {
   // The state.
   int64_t samples, row;             // row: numbers of a whole state
@@ -45,6 +48,7 @@ struct Call {
 
   int64_t threads;
   int64_t records;                  // whether to keep what `reverse` needs
+  int (*interrupted)();             // asked now and then by the thread that called; null: never stop
 
   // Results. Pointers are to arrays of `samples` where samples have clocks of their own, else to one.
   int64_t *status, *accepted, *rejected, *filled;

@@ -33,6 +33,7 @@ using real_of = typename LaneTraits<V>::Real;
 template <class V>
 constexpr int lanes_of = LaneTraits<V>::count;
 
+FLASHODE_HD uint64_t lanes_set(bool mask) { return mask; }  // a bit a lane, the first lowest
 FLASHODE_HD bool any(bool mask) { return mask; }
 FLASHODE_HD bool all(bool mask) { return mask; }
 template <class V>
@@ -237,13 +238,42 @@ FLASHODE_HD Vector<T, L> select(const Vector<integer_of<Same<T>>, L>& mask, cons
   return select(mask, a, splat<Vector<T, L>>(b));
 }
 
+// The sign bits of a part of a mask, which the machine takes in one instruction.
+template <class Part>
+FLASHODE_HD uint64_t sign_bits(const Part& part) {
+  constexpr int width = sizeof(part) / sizeof(part[0]);
+#ifdef __AVX512DQ__
+  typedef int Ints __attribute__((vector_size(64)));
+  typedef long long Longs __attribute__((vector_size(64)));
+  if constexpr (sizeof(part) == 64) {
+    if constexpr (width == 16) return uint16_t(__builtin_ia32_cvtd2mask512(Ints(part)));
+    if constexpr (width == 8) return uint8_t(__builtin_ia32_cvtq2mask512(Longs(part)));
+  }
+#endif
+#ifdef __AVX__
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef double Doubles __attribute__((vector_size(32)));
+  if constexpr (sizeof(part) == 32) {
+    if constexpr (width == 8) return uint64_t(__builtin_ia32_movmskps256(Floats(part)));
+    if constexpr (width == 4) return uint64_t(__builtin_ia32_movmskpd256(Doubles(part)));
+  }
+#endif
+  uint64_t bits = 0;
+  for (int l = 0; l < width; ++l) bits |= uint64_t(part[l] & 1) << l;
+  return bits;
+}
+template <class T, int L>
+FLASHODE_HD uint64_t lanes_set(const Vector<T, L>& mask) {
+  static_assert(L <= 64, "the bits of a mask are those of one word");
+  uint64_t bits = 0;
+  for (int i = 0; i < mask.parts; ++i) bits |= sign_bits(mask.part[i]) << (i * mask.width);
+  return bits;
+}
 template <class T, int L>
 FLASHODE_HD bool any(const Vector<T, L>& mask) {
   auto joined = mask.part[0];
   for (int i = 1; i < mask.parts; ++i) joined |= mask.part[i];
-  T bits = 0;
-  for (int l = 0; l < mask.width; ++l) bits |= joined[l];
-  return bits != 0;
+  return sign_bits(joined) != 0;
 }
 template <class T, int L>
 FLASHODE_HD bool all(const Vector<T, L>& mask) {

@@ -34,6 +34,9 @@ FLASHODE_HD Mask<R> is_finite(const R& x) {
   return x - x == 0;
 }
 
+// A power of an error ratio; lanes have one of their own.
+FLASHODE_HD double power(double x, double exponent) { return pow(x, exponent); }
+
 // The larger of two norms; a NaN is kept.
 template <class R>
 FLASHODE_HD R larger(const R& so_far, const R& norm) {
@@ -50,7 +53,7 @@ FLASHODE_HD R first_guess(const R& d0, const R& d1) {
 template <class R>
 FLASHODE_HD R initial_step(const R& h0, const R& d1, const R& d2, int order) {
   const R flat = select(h0 * 1e-3 > 1e-6, h0 * 1e-3, 1e-6);
-  const R curved = pow(0.01 / select(d1 > d2, d1, d2), 1.0 / order);
+  const R curved = power(0.01 / select(d1 > d2, d1, d2), 1.0 / order);
   const R h1 = select((d1 <= 1e-15) & (d2 <= 1e-15), flat, curved);
   return select(is_finite(d2), select(100 * h0 < h1, 100 * h0, h1), h0);
 }
@@ -74,10 +77,10 @@ FLASHODE_HD R next_step(const R& error_ratio, const R& dt, const ControllerOf<R>
     least = select(error_ratio < 1, 1.0, least);
   } else {
     const R smooth =
-        pow(error_ratio, b[0]) * pow(control.past[0], b[1]) * pow(control.past[1], b[2]);
+        power(error_ratio, b[0]) * power(control.past[0], b[1]) * power(control.past[1], b[2]);
     filtered = select(error_ratio > 1, error_ratio, smooth);
   }
-  R factor = control.safety / pow(filtered, 1.0 / control.order);
+  R factor = control.safety / power(filtered, 1.0 / control.order);
   factor = select(factor < least, least, factor);
   factor = select(factor > control.ifactor, control.ifactor, factor);
   factor = select(is_finite(error_ratio), factor, control.dfactor);

@@ -1,0 +1,1 @@
+"""Programs: fields traced, written as C++, compiled, and called with a whole solve."""
