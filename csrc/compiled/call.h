@@ -4,7 +4,7 @@
 // whatever axis of the caller's tensor the samples are on. Reals are the program's own type.
 #pragma once
 
-#include <cstdint>
+#include "../kernels/standard.h"
 
 namespace flashode {
 

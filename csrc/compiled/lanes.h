@@ -7,8 +7,6 @@
 // written inside the namespace, where these names hide the C library's.
 #pragma once
 
-#include <cstdint>
-
 #include "../kernels/clock.h"
 #include "../kernels/rk.h"
 
@@ -34,6 +32,13 @@ template <class V>
 constexpr int lanes_of = LaneTraits<V>::count;
 
 FLASHODE_HD uint64_t lanes_set(bool mask) { return mask; }  // a bit a lane, the first lowest
+FLASHODE_HD int first_lane([[maybe_unused]] uint64_t set) {
+#ifdef __CUDACC__
+  return 0;  // there is one
+#else
+  return __builtin_ctzll(set);
+#endif
+}
 FLASHODE_HD bool any(bool mask) { return mask; }
 FLASHODE_HD bool all(bool mask) { return mask; }
 template <class V>
@@ -61,16 +66,16 @@ FLASHODE_HD void store(T* to, const T& x) {
   *to = x;
 }
 
-FLASHODE_HD float floor(float x) { return std::floor(x); }
-FLASHODE_HD double floor(double x) { return std::floor(x); }
-FLASHODE_HD float ceil(float x) { return std::ceil(x); }
-FLASHODE_HD double ceil(double x) { return std::ceil(x); }
-FLASHODE_HD float trunc(float x) { return std::trunc(x); }
-FLASHODE_HD double trunc(double x) { return std::trunc(x); }
-FLASHODE_HD float round_even(float x) { return std::rint(x); }
-FLASHODE_HD double round_even(double x) { return std::rint(x); }
-FLASHODE_HD float square_root(float x) { return std::sqrt(x); }
-FLASHODE_HD double square_root(double x) { return std::sqrt(x); }
+FLASHODE_HD float floor(float x) { return ::floorf(x); }
+FLASHODE_HD double floor(double x) { return ::floor(x); }
+FLASHODE_HD float ceil(float x) { return ::ceilf(x); }
+FLASHODE_HD double ceil(double x) { return ::ceil(x); }
+FLASHODE_HD float trunc(float x) { return ::truncf(x); }
+FLASHODE_HD double trunc(double x) { return ::trunc(x); }
+FLASHODE_HD float round_even(float x) { return ::rintf(x); }
+FLASHODE_HD double round_even(double x) { return ::rint(x); }
+FLASHODE_HD float square_root(float x) { return ::sqrtf(x); }
+FLASHODE_HD double square_root(double x) { return ::sqrt(x); }
 
 // ---- L numbers ---------------------------------------------------------------------------------
 

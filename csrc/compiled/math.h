@@ -7,16 +7,18 @@
 #pragma once
 
 #include "lanes.h"
+#ifndef __CUDACC__
 #include "series.h"
+#endif
 
 namespace flashode {
 
 #define FLASHODE_SCALAR(name)                              \
-  FLASHODE_HD float name(float x) { return std::name(x); } \
-  FLASHODE_HD double name(double x) { return std::name(x); }
+  FLASHODE_HD float name(float x) { return ::name##f(x); } \
+  FLASHODE_HD double name(double x) { return ::name(x); }
 #define FLASHODE_SCALAR_2(name)                                        \
-  FLASHODE_HD float name(float x, float y) { return std::name(x, y); } \
-  FLASHODE_HD double name(double x, double y) { return std::name(x, y); }
+  FLASHODE_HD float name(float x, float y) { return ::name##f(x, y); } \
+  FLASHODE_HD double name(double x, double y) { return ::name(x, y); }
 FLASHODE_SCALAR(exp)
 FLASHODE_SCALAR(expm1)
 FLASHODE_SCALAR(log)

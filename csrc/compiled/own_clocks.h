@@ -3,10 +3,6 @@
 // decisions as csrc/torch/batched.cpp, by sample.
 #pragma once
 
-#include <cfloat>
-
-#include "parallel.h"
-#include "record.h"
 #include "tile.h"
 
 namespace flashode {
@@ -34,38 +30,9 @@ struct OwnClocks {
   }
 };
 
-// How often the field was called with a batch whose samples all step together.
-template <class Method>
-class Rounds {
- public:
-  // False if there is no memory.
-  bool add(int64_t round, bool extends) {
-    most_ = round < most_ ? most_ : round + 1;
-    if (Method::extra == 0) return true;
-    while (extends_.size() <= round) {
-      if (!extends_.add(0)) return false;
-    }
-    if (extends) extends_[round] = 1;
-    return true;
-  }
-  bool add(const Rounds& other) {
-    bool added = true;
-    for (int64_t i = 0; i < other.most_; ++i) added = add(i, Method::extra && other.extends_[i]) && added;
-    return added;
-  }
-  int64_t calls() const {
-    int64_t extending = 0;
-    for (int64_t i = 0; i < extends_.size(); ++i) extending += extends_[i];
-    return most_ * (Method::stages - 1) + extending * Method::extra;
-  }
-
- private:
-  int64_t most_ = 0;
-  List<uint8_t> extends_;  // whether in this round a sample had an output inside its step
-};
-
-// Solves one tile after the other. One for each thread.
-template <class Field, class Method>
+// Solves one tile after the other. One for each thread. `Rounds` counts the trials, `Record` keeps the
+// steps that stand.
+template <class Field, class Method, class Rounds, class Record>
 class TileSolver {
  public:
   using Real = typename Field::Real;
@@ -75,10 +42,11 @@ class TileSolver {
   using Lanewise = Mask<Times>;
   static constexpr int L = Field::lanes;
 
-  TileSolver(Call& call, const Real* prepared)
+  // The space is of a tile's own, and of what tiles share.
+  FLASHODE_BOTH TileSolver(const Call& call, const Real* prepared, V* space, bool has_each, Rounds& rounds)
       : call_(call),
-        space_(Part::own_size(call) + Part::shared_size),
-        tile_(call, prepared, space_.data(), space_.data() + Part::own_size(call)),
+        rounds_(rounds),
+        tile_(call, prepared, space, space + Part::own_size(has_each), has_each),
         remembers_(call.betas[0] != 1 || call.betas[1] != 0 || call.betas[2] != 0) {
     control_.order = Method::order;
     control_.safety = call.safety, control_.ifactor = call.ifactor, control_.dfactor = call.dfactor;
@@ -86,11 +54,9 @@ class TileSolver {
     for (int i = 0; i < 3; ++i) control_.betas[i] = call.betas[i];
   }
 
-  bool exists() const { return space_.data(); }
-
   // Solves the samples from `first` on; `stopped` says whether to go on.
   template <class Stopped>
-  Returned run(int64_t first, TileRecord<Field>* record, const Stopped& stopped) {
+  FLASHODE_BOTH Returned run(int64_t first, Record* record, const Stopped& stopped) {
     record_ = record;
     load(first);
     if (any(running_)) start();
@@ -104,7 +70,7 @@ class TileSolver {
       judge();
       emit();
       commit();
-      if (!has_memory_ || !rounds.add(round, extends_)) return kOutOfMemory;
+      if (!has_memory_ || !rounds_.add(round, extends_)) return kOutOfMemory;
       begin_trials();
     }
     report();
@@ -112,14 +78,13 @@ class TileSolver {
   }
 
   bool started = false, probed = false;  // whether there was a first and a second call of the field
-  Rounds<Method> rounds;
 
  private:
-  int64_t sample(int l) const {
+  FLASHODE_BOTH int64_t sample(int l) const {
     return tile_.first + l < call_.samples ? tile_.first + l : call_.samples - 1;
   }
-  const double* times_of(int l) const { return call_.times + sample(l) * call_.times_stride; }
-  Real* output(int64_t row) const { return static_cast<Real*>(call_.ys) + row * call_.row; }
+  FLASHODE_BOTH const double* times_of(int l) const { return call_.times + sample(l) * call_.times_stride; }
+  FLASHODE_BOTH Real* output(int64_t row) const { return static_cast<Real*>(call_.ys) + row * call_.row; }
 
   // Samples of `mask` end.
   FLASHODE_HD void end_with(const Lanewise& mask, Status status) {
@@ -130,13 +95,13 @@ class TileSolver {
     running_ = running_ & !mask;
   }
 
-  void write_lane(int l, const V* y, void* state) const {
+  FLASHODE_BOTH void write_lane(int l, const V* y, void* state) const {
     for (int64_t f = 0; f < Field::width; ++f) {
       static_cast<Real*>(state)[call_.offset[f] + sample(l) * call_.stride[f]] = lane(y[f], l);
     }
   }
 
-  void load(int64_t first) {
+  FLASHODE_BOTH void load(int64_t first) {
     tile_.load(first);
     store_state<Field>(call_, first, tile_.y0, call_.y_end);
     Times runs = zero<Times>();
@@ -172,7 +137,7 @@ class TileSolver {
     control_.past[0] = control_.past[1] = splat<V>(1);
   }
 
-  static bool lane_is_finite(int l, const V* y) {
+  FLASHODE_BOTH static bool lane_is_finite(int l, const V* y) {
     Real nothing = 0;
     for (int64_t f = 0; f < Field::width; ++f) nothing += lane(y[f], l) - lane(y[f], l);
     return nothing == 0;
@@ -190,7 +155,7 @@ class TileSolver {
   }
 
   // Why the error of a sample is not finite.
-  Status cause_of(int l, int slopes) const {
+  FLASHODE_BOTH Status cause_of(int l, int slopes) const {
     for (int j = 0; j < slopes; ++j) {
       if (!lane_is_finite(l, tile_.k + j * Field::width)) return kNonfiniteField;
     }
@@ -198,7 +163,7 @@ class TileSolver {
   }
 
   // Hairer, Norsett, Wanner I, II.4: an Euler step of moderate length shows how fast the field changes.
-  void start() {
+  FLASHODE_BOTH void start() {
     started = true;
     tile_.slope(clock_.time(0, 0), tile_.y0, tile_.k);
     if (call_.first_step == call_.first_step) {
@@ -266,7 +231,7 @@ class TileSolver {
   }
 
   // Trials whose errors are not finite. A sample goes on with shorter ones, unless that cannot help.
-  void blame(const Lanewise& lost) {
+  FLASHODE_BOTH void blame(const Lanewise& lost) {
     has_cause_ = any(lost);
     for (int l = 0; l < L; ++l) {
       cause_[l] = lane(lost, l) ? cause_of(l, Method::stages) : kStepUnderflow;
@@ -300,7 +265,7 @@ class TileSolver {
       if (extends_) refuse_nonfinite(due, y);
       Real* const rows = static_cast<Real*>(call_.ys);
       for (uint64_t left = lanes_set(due); left; left &= left - 1) {
-        const int l = __builtin_ctzll(left);
+        const int l = first_lane(left);
         const int64_t b = tile_.first + l, row = filled_[l]++;
         Real* const to = rows + row * call_.row;
         for (int64_t f = 0; f < Field::width; ++f) to[call_.offset[f] + b * call_.stride[f]] = lane(y[f], l);
@@ -313,7 +278,7 @@ class TileSolver {
   }
 
   // Stages that dense output adds were not seen by the error test.
-  void refuse_nonfinite(Lanewise& due, const V* y) {
+  FLASHODE_BOTH void refuse_nonfinite(Lanewise& due, const V* y) {
     Times bad = zero<Times>();
     for (int l = 0; l < L; ++l) set_lane(bad, l, lane(due, l) && !lane_is_finite(l, y));
     end_with(bad > 0, kNonfiniteField);
@@ -342,7 +307,7 @@ class TileSolver {
     end_with(running_ & (clock_.t0 == end_), kSuccess);
   }
 
-  void report() const {
+  FLASHODE_BOTH void report() const {
     for (int l = 0; l < L && tile_.first + l < call_.samples; ++l) {
       const int64_t b = sample(l);
       call_.status[b] = status_[l];
@@ -359,12 +324,12 @@ class TileSolver {
     }
   }
 
-  Call& call_;
-  const Buffer<V> space_;
+  const Call& call_;
+  Rounds& rounds_;
   Part tile_;
   const bool remembers_;
   ControllerOf<V> control_;  // as exact as the state: powers of doubles cost more than a step
-  TileRecord<Field>* record_ = nullptr;
+  Record* record_ = nullptr;
   bool has_memory_ = true, has_cause_ = false, extends_ = false;
 
   // Where the samples stand.
@@ -376,51 +341,5 @@ class TileSolver {
   int64_t filled_[L];
   Status status_[L], cause_[L];
 };
-
-template <class Field, class Method>
-Returned solve_batch(Call& call) {
-  using Real = typename Field::Real;
-  using Solver = TileSolver<Field, Method>;
-  const int64_t tiles = tiles_of<Field>(call);
-  constexpr int64_t steps = 64;  // for the least of work there may be
-  const int threads = threads_for(call, tiles, steps * Tile<Field, Method>::operations);
-  const Buffer<Real> prepared(Field::prepared);
-  BatchRecord<Field>* record = nullptr;
-  if (call.records) call.recording = record = new (std::nothrow) BatchRecord<Field>(tiles);
-  if (!prepared.data() || (call.records && (!record || !record->exists()))) return kOutOfMemory;
-  Field::prepare(reinterpret_cast<const Real* const*>(call.inputs), prepared.data());
-
-  std::atomic<int> returned{kDone};
-  bool started = false, probed = false;
-  Rounds<Method> rounds;
-  const auto work = [&](int thread, const auto& next_tile) {
-    Solver solver(call, prepared.data());
-    if (!solver.exists()) returned = kOutOfMemory;
-    Interrupts interrupts(call, Tile<Field, Method>::operations);
-    const auto stopped = [&] {
-      if (thread == 0 && interrupts.now()) returned = kInterrupted;
-      return returned.load(std::memory_order_relaxed) != kDone;
-    };
-    for (int64_t i; !stopped() && (i = next_tile()) < tiles;) {
-      const Returned code = solver.run(i * Field::lanes, record ? &record->tile(i) : nullptr, stopped);
-      if (code == kOutOfMemory) returned = code;
-    }
-#pragma omp critical
-    {
-      started = started || solver.started, probed = probed || solver.probed;
-      if (!rounds.add(solver.rounds)) returned = kOutOfMemory;
-    }
-  };
-  int64_t next = 0;
-  if (threads == 1) {
-    work(0, [&] { return next++; });
-  } else {
-    std::atomic<int64_t> shared{0};
-#pragma omp parallel num_threads(threads)
-    work(this_thread(), [&] { return shared++; });
-  }
-  call.nfe = started + probed + rounds.calls();
-  return Returned(returned.load());
-}
 
 }  // namespace flashode

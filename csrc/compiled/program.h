@@ -1,10 +1,10 @@
 // All that a generated program includes.
 #pragma once
 
+#include "batches.h"
 #include "evaluate.h"
-#include "own_clocks.h"
 #include "product.h"
 #include "pull_back.h"
 #include "reverse.h"
 #include "reverse_batch.h"
-#include "solve.h"
+#include "tiles.h"

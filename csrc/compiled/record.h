@@ -8,8 +8,6 @@
 
 namespace flashode {
 
-enum Landing { kFree, kStop, kJump, kEnd };  // what the end of a step lands on
-
 // What `Call::recording` points to.
 struct Recording {
   virtual ~Recording() = default;
@@ -24,6 +22,8 @@ class Record final : public Recording {
     double t0, t1, dt;
     Landing landing;
   };
+
+  static constexpr bool keeps_states = true;
 
   explicit Record(int64_t tiles) : tiles_(tiles), states_(tiles * 2 * Field::width) {}
 

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "own_clocks.h"
+#include "record.h"
 #include "step_back.h"
 
 namespace flashode {

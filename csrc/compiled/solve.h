@@ -2,116 +2,13 @@
 // of a grid. The same decisions as csrc/torch/driver.cpp, in the same order.
 #pragma once
 
-#include <cfloat>
-
-#include "parallel.h"
-#include "record.h"
 #include "tile.h"
 
 namespace flashode {
 
-// All tiles of a solve and what they need.
-template <class Field, class Method>
-class Tiles {
- public:
-  using Real = typename Field::Real;
-  using V = StateOf<Field>;
-  using Part = Tile<Field, Method>;
-  using Clock = OneClock<Field>;
-
-  explicit Tiles(const Call& call)
-      : call_(call),
-        count_(tiles_of<Field>(call)),
-        threads_(threads_for(call, count_, Part::operations)),
-        prepared_(Field::prepared),
-        space_(count_ * Part::own_size(call) + threads_ * Part::shared_size),
-        tiles_(count_),
-        sums_(count_ * (call.member_count > 1 ? call.member_count : 1)) {}
-
-  bool exist() const { return prepared_.data() && space_.data() && tiles_.data() && sums_.data(); }
-
-  void load() {
-    Field::prepare(reinterpret_cast<const Real* const*>(call_.inputs), prepared_.data());
-    V* space = space_.data();
-    V* const shared = space + count_ * Part::own_size(call_);
-    for (int64_t i = 0; i < count_; ++i, space += Part::own_size(call_)) {
-      new (tiles_.data() + i) Part(call_, prepared_.data(), space, shared);
-      tiles_.data()[i].load(i * Field::lanes);
-    }
-  }
-
-  int64_t count() const { return count_; }
-  const Part& operator[](int64_t i) const { return tiles_.data()[i]; }
-
-  // body(tile, its number) for every tile.
-  template <class Body>
-  FLASHODE_HD void for_each(const Body& body) const {
-    if (threads_ == 1) {
-      for (int64_t i = 0; i < count_; ++i) body(tiles_.data()[i], i);
-    } else {
-      on_threads(body);
-    }
-  }
-
-  // Whether body(tile, its number) is true for all of them; it is called for every one.
-  template <class Body>
-  FLASHODE_HD bool all_of(const Body& body) const {
-    double* const answers = sums_.data();
-    for_each([=](const Part& tile, int64_t i) { answers[i] = body(tile, i); });
-    bool all = true;
-    for (int64_t i = 0; i < count_; ++i) all = all && answers[i] != 0;
-    return all;
-  }
-
-  // Largest over the members of the root mean square of what error_of(tile) says of each number.
-  // Added up in the order of the tiles: how many threads there are changes no bit.
-  template <class ErrorOf>
-  FLASHODE_HD double norm(const ErrorOf& error_of) const {
-    const Call* const call = &call_;
-    double* const sums = sums_.data();
-    for_each([=](const Part& tile, int64_t i) {
-      const int live = live_lanes<Field>(*call, tile.first);
-      tile.for_each_member(error_of(tile), [&](int64_t m, TimeOf<Field> sum) {
-        for (int l = live; l < Field::lanes; ++l) set_lane(sum, l, 0);
-        sums[i * call->member_count + m] = sum_of_lanes(sum);
-      });
-    });
-    double norm = 0;
-    for (int64_t m = 0; m < call->member_count; ++m) {
-      const int64_t numbers = (call->members[m + 1] - call->members[m]) * call->samples;
-      if (numbers == 0) continue;
-      double sum = 0;
-      for (int64_t i = 0; i < count_; ++i) sum += sums[i * call->member_count + m];
-      norm = larger(norm, std::sqrt(sum / double(numbers)));
-    }
-    return norm;
-  }
-
- private:
-  // Kept out of the way of the loop that most solves run.
-  template <class Body>
-  __attribute__((noinline)) void on_threads(Body body) const {
-    const Part* const tiles = tiles_.data();
-    V* const shared = space_.data() + count_ * Part::own_size(call_);
-#pragma omp parallel for num_threads(threads_) schedule(static)
-    for (int64_t i = 0; i < count_; ++i) {
-      Part tile = tiles[i];
-      tile.share(shared + this_thread() * Part::shared_size);
-      body(tile, i);
-    }
-  }
-
-  const Call& call_;
-  const int64_t count_;
-  const int threads_;
-  const Buffer<Real> prepared_;
-  const Buffer<V> space_;
-  const Buffer<Part> tiles_;
-  const Buffer<double> sums_;
-};
-
-// The state of one solve. All of it is inlined into one function, so that it lives in registers.
-template <class Field, class Method>
+// The state of one solve. All of it is inlined into one function, so that it lives in registers. `Tiles`
+// goes through all tiles (tiles.h, device.h), `Record` keeps the steps.
+template <class Field, class Method, class Tiles, class Record>
 class Solve {
  public:
   using Real = typename Field::Real;
@@ -119,11 +16,10 @@ class Solve {
   using Part = Tile<Field, Method>;
   using Clock = OneClock<Field>;
 
-  FLASHODE_HD Solve(Call& call, const Tiles<Field, Method>& tiles, Record<Field>* record)
+  FLASHODE_HD Solve(const Call& call, const Tiles& tiles, Record* record)
       : call_(call),
         tiles_(tiles),
         record_(record),
-        interrupts_(call, tiles.count() * Part::operations),
         control_{Method::order,
                  call.safety,
                  call.ifactor,
@@ -139,9 +35,9 @@ class Solve {
     tiles_.for_each(
         [=, call = &call_](const Part& tile, int64_t) { store_state<Field>(*call, tile.first, tile.y0, call->ys); });
     if (call_.outputs > 1) {
-      if (Method::adaptive) start();
+      if constexpr (Method::adaptive) start();
       while (status_ == kRunning && returned_ == kDone && filled_ < call_.outputs) {
-        if (interrupts_.now()) {
+        if (tiles_.interrupted()) {
           returned_ = kInterrupted;
         } else if constexpr (Method::adaptive) {
           try_step();
@@ -154,6 +50,10 @@ class Solve {
     report();
     return returned_;
   }
+
+  FLASHODE_HD Status status() const { return status_; }
+  FLASHODE_HD int64_t accepted() const { return accepted_; }
+  FLASHODE_HD int64_t nfe() const { return nfe_; }
 
  private:
   // The slope that steps begin with.
@@ -276,9 +176,11 @@ class Solve {
   // others in between.
   FLASHODE_HD void commit(Landing kind) {
     const int64_t n = accepted_++;
-    const bool records = call_.records;
-    if (!record_->add_time(clock_.t1) ||
-        (records && !record_->add({clock_.t0, clock_.t1, clock_.dt, kind}))) {
+    bool has_room = record_->add_time(clock_.t1);
+    if constexpr (Record::keeps_states) {
+      if (call_.records) has_room = has_room && record_->add({clock_.t0, clock_.t1, clock_.dt, kind});
+    }
+    if (!has_room) {
       returned_ = kOutOfMemory;
       return;
     }
@@ -289,14 +191,21 @@ class Solve {
     const bool at_end = end > begin && call_.times[end - 1] == clock_.t1;
     const int64_t inner = at_end ? end - 1 : end;
     if (inner > begin) nfe_ += Method::extra;
-    const bool finite = tiles_.all_of([=, clock = clock_, call = &call_, record = record_](
-                                          const Part& tile, int64_t i) {
-      if (records) tile.copy_start(record->y0(n, i), record->f0(n, i));
+    const auto move = [=, clock = clock_, call = &call_, record = record_](const Part& tile, int64_t i) {
+      if constexpr (Record::keeps_states) {
+        if (call->records) tile.copy_start(record->y0(n, i), record->f0(n, i));
+      }
       const bool finite = inner == begin || interpolate(*call, tile, clock, begin, inner);
       if (at_end) store_state<Field>(*call, tile.first, tile.y1, output(*call, inner));
       tile.move_on();
       return finite;
-    });
+    };
+    bool finite = true;
+    if constexpr (Method::extra > 0) {
+      finite = tiles_.all_of(move);
+    } else {
+      tiles_.for_each(move);
+    }
     clock_.t0 = clock_.t1;
     if (!finite) {
       status_ = kNonfiniteField;
@@ -329,13 +238,14 @@ class Solve {
   }
 
   FLASHODE_HD void report() {
-    tiles_.for_each([call = &call_](const Part& tile, int64_t) {
+    const int64_t filled = status_ == kSuccess ? call_.outputs : filled_;
+    tiles_.for_each([=, call = &call_](const Part& tile, int64_t) {
       store_state<Field>(*call, tile.first, tile.y0, call->y_end);
+      for (int64_t row = filled; row < call->outputs; ++row) {
+        fill_state<Field>(*call, tile.first, Real(NAN), output(*call, row));
+      }
     });
-    if (status_ != kSuccess) {
-      Real* const missing = output(call_, filled_);
-      for (int64_t i = 0; i < (call_.outputs - filled_) * call_.row; ++i) missing[i] = Real(NAN);
-    }
+    if (!tiles_.reports()) return;
     *call_.status = status_;
     *call_.accepted = accepted_;
     *call_.rejected = rejected_;
@@ -343,13 +253,11 @@ class Solve {
     *call_.t = clock_.t0;
     *call_.dt = dt_;
     *call_.error_ratio = error_ratio_;
-    call_.nfe = nfe_;
   }
 
-  Call& call_;
-  const Tiles<Field, Method>& tiles_;
-  Record<Field>* const record_;
-  Interrupts interrupts_;
+  const Call& call_;
+  const Tiles& tiles_;
+  Record* const record_;
   Controller control_;
   const bool remembers_;
 
@@ -360,17 +268,5 @@ class Solve {
   Returned returned_ = kDone;
   int64_t next_stop_ = 0, filled_ = 1, accepted_ = 0, rejected_ = 0, trials_ = 0, nfe_ = 0;
 };
-
-template <class Field, class Method>
-Returned solve(Call& call) {
-  Tiles<Field, Method> tiles(call);
-  auto* const record = new (std::nothrow) Record<Field>(tiles.count());
-  call.recording = record;
-  if (!record || !tiles.exist()) return kOutOfMemory;
-  tiles.load();
-  const Returned returned = Solve<Field, Method>(call, tiles, record).run();
-  call.accepted_times = record->times();
-  return returned;
-}
 
 }  // namespace flashode

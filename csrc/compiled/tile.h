@@ -68,36 +68,45 @@ FLASHODE_HD void store_state(const Call& call, int64_t first, const StateOf<Fiel
   }
 }
 
+// The same number everywhere.
+template <class Field>
+FLASHODE_HD void fill_state(const Call& call, int64_t first, typename Field::Real value, void* state) {
+  for (int64_t f = 0; f < Field::width; ++f) {
+    auto* const to = static_cast<typename Field::Real*>(state) + call.offset[f] + first * call.stride[f];
+    for (int l = 0; l < live_lanes<Field>(call, first); ++l) to[l * call.stride[f]] = value;
+  }
+}
+
 // ---- rows of the method's table ----------------------------------------------------------------
 
 template <class Method, int i>
 struct StageRow {
   static constexpr int terms = i;
-  static constexpr double weight(int j) { return Method::a[i][j]; }
+  FLASHODE_HD static constexpr double weight(int j) { return Method::a[i][j]; }
 };
 template <class Method>
 struct ResultRow {
   static constexpr int terms = Method::stages;
-  static constexpr double weight(int j) { return Method::b[j]; }
+  FLASHODE_HD static constexpr double weight(int j) { return Method::b[j]; }
 };
 template <class Method>
 struct ErrorRow {
   static constexpr int terms = Method::stages;
-  static constexpr double weight(int j) { return Method::b_err[j]; }
+  FLASHODE_HD static constexpr double weight(int j) { return Method::b_err[j]; }
 };
 struct EulerRow {
   static constexpr int terms = 1;
-  static constexpr double weight(int) { return 1; }
+  FLASHODE_HD static constexpr double weight(int) { return 1; }
 };
 template <class Method, int i>
 struct ExtraRow {  // of a stage that dense output adds
   static constexpr int terms = Method::stages + i;
-  static constexpr double weight(int j) { return Method::extra_a[i][j]; }
+  FLASHODE_HD static constexpr double weight(int j) { return Method::extra_a[i][j]; }
 };
 template <class Method, int power>
 struct DenseRow {  // coefficients of x^(power + 1)
   static constexpr int terms = Method::stages + Method::extra;
-  static constexpr double weight(int j) { return Method::weights[j][power]; }
+  FLASHODE_HD static constexpr double weight(int j) { return Method::weights[j][power]; }
 };
 
 // sum_j weight_j k_j of one number, in the order of the stages; slopes lie `width` apart.
@@ -115,6 +124,8 @@ FLASHODE_HD V sum_of_terms(const V* k, V total = zero<V>()) {
     }
   }
 }
+
+enum Landing { kFree, kStop, kJump, kEnd };  // what the end of a step lands on
 
 // ---- the clock of a trial step -----------------------------------------------------------------
 
@@ -156,6 +167,16 @@ FLASHODE_HD TimeOf<Field> sum_of_squares(const Error& error, int64_t begin, int6
   using Sum = TimeOf<Field>;
   constexpr int chains = 16;
   Sum sum = zero<Sum>();
+#ifdef __CUDACC__
+  // Registers have no addresses: where numbers are in them, loops must have bounds that are known.
+  if constexpr (Field::width <= 16) {
+    for (int64_t f = 0; f < Field::width; ++f) {
+      const Sum x = f < begin || f >= end ? zero<Sum>() : convert<Sum>(error(f));
+      sum = add_term(sum, x, x);
+    }
+    return sum;
+  }
+#endif
   int64_t f = begin;
   if constexpr (Field::lanes == 1 && Field::width >= chains) {
     double sums[chains] = {};
@@ -194,22 +215,23 @@ struct Tile {
   V *rtol, *atol;      // of every number; both null where one serves for all
 
   // Numbers of work space that a tile needs for itself, and that it may share.
-  static int64_t own_size(const Call& call) {
-    return (2 + slopes + (has_each(call) ? 2 : 0)) * width + Field::own;
+  FLASHODE_HD static constexpr int64_t own_size(bool has_each) {
+    return (2 + slopes + (has_each ? 2 : 0)) * width + Field::own;
   }
   static bool has_each(const Call& call) { return call.each_rtol || call.each_atol; }
   static constexpr int64_t shared_size = (is_small ? 0 : width) + Field::scratch;
 
-  Tile(const Call& c, const Real* prepared, V* space, V* shared) : call(&c), prepared(prepared) {
+  FLASHODE_BOTH Tile(const Call& c, const Real* prepared, V* space, V* shared, bool has_each)
+      : call(&c), prepared(prepared) {
     const auto take = [&](int64_t n) { return space += n, space - n; };
     y0 = take(width), y1 = take(width), k = take(slopes * width), own = take(Field::own);
-    rtol = has_each(c) ? take(width) : nullptr;
-    atol = has_each(c) ? take(width) : nullptr;
+    rtol = has_each ? take(width) : nullptr;
+    atol = has_each ? take(width) : nullptr;
     share(shared);
   }
-  void share(V* shared) { stage = shared, scratch = shared + (is_small ? 0 : width); }
+  FLASHODE_BOTH void share(V* shared) { stage = shared, scratch = shared + (is_small ? 0 : width); }
 
-  void load(int64_t sample) {
+  FLASHODE_BOTH void load(int64_t sample) {
     first = sample;
     load_state<Field>(*call, first, call->y0, y0);
     load_own<Field>(*call, first, own);
@@ -327,7 +349,7 @@ FLASHODE_HD X dense_weight(const X& x, const X& w = zero<X>()) {
 }
 
 template <class Method, int j>
-constexpr bool has_dense_weight() {
+FLASHODE_HD constexpr bool has_dense_weight() {
   for (int power = 0; power < Method::degree; ++power) {
     if (Method::weights[j][power] != 0) return true;
   }

@@ -2,8 +2,6 @@
 // it (to 16 bits by way of float).
 #pragma once
 
-#include <cmath>
-
 #include "rk.h"
 
 namespace flashode {

@@ -1,8 +1,6 @@
 // Step-size control as pure functions, for host and device; python/flashode/control.py is the twin.
 #pragma once
 
-#include <cmath>
-
 #include "rk.h"
 
 namespace flashode {

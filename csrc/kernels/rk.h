@@ -4,14 +4,16 @@
 // promise the same bits as the reference engine, on every processor.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "standard.h"
 
+// Functions for host and device: HD is inlined everywhere, BOTH where a host's compiler likes to. On a
+// device all are: an object whose address is taken does not live in registers.
 #ifdef __CUDACC__
 #define FLASHODE_HD __host__ __device__ __forceinline__
+#define FLASHODE_BOTH __host__ __device__ __forceinline__
 #else
 #define FLASHODE_HD inline __attribute__((always_inline))
+#define FLASHODE_BOTH inline
 #endif
 
 namespace flashode {

@@ -19,6 +19,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -216,11 +217,17 @@ inline void launch(dim3 grid, unsigned threads, const std::function<void()>& ker
 }  // namespace on_host
 
 // Other threads may get far on both sides of it: what a block counts as done must be done before.
-inline unsigned atomicAdd(unsigned* target, unsigned value) {
+template <class T>
+T atomicAdd(T* target, std::type_identity_t<T> value) {
   on_host::stop(on_host::Stop::yielded);
-  const unsigned before = std::exchange(*target, *target + value);
+  const T before = std::exchange(*target, *target + value);
   on_host::stop(on_host::Stop::yielded);
   return before;
+}
+template <class T>
+T atomicMax(T* target, std::type_identity_t<T> value) {
+  on_host::stop(on_host::Stop::yielded);
+  return std::exchange(*target, std::max(*target, value));
 }
 inline void __threadfence() {}
 inline void __threadfence_system() {}

@@ -16,11 +16,12 @@ from ..augmented import Path
 from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError, CompileError, Status, StepFailure
 from ..problem import Problem
-from ..program import CompiledField, Program, example
+from ..program import NO_GRADIENTS, CompiledField, Program, cuda, example
 from ..program.call import Call, Interrupted, Returned
 from ..progress import Progress
 from ..solution import Outcome
 from . import reference
+from .on_device import OnDevice
 
 _POINTER = ctypes.c_void_p
 
@@ -34,8 +35,12 @@ def supports(problem: Problem) -> str | None:
         return f"no programs are generated for {p.method.name}"
     if p.y0.dtype not in (torch.float32, torch.float64):
         return f"no programs are generated for {p.y0.dtype} states"
-    if p.y0.device.type != "cpu":
-        return f"no programs are generated for {p.y0.device} yet"
+    if p.y0.device.type not in ("cpu", "cuda"):
+        return f"no programs are generated for {p.y0.device}"
+    if p.y0.is_cuda and (reason := cuda.missing()):
+        return reason
+    if p.y0.is_cuda and torch.is_grad_enabled() and (p.y0.requires_grad or p.differentiates_time):
+        return NO_GRADIENTS
     if p.dtypes is not None and len(set(p.dtypes)) > 1:
         return "the members of y0 have different dtypes"
     if p.events:
@@ -59,7 +64,7 @@ def solve(problem: Problem, recording=None, params=None) -> Outcome:
     if not program.checked:
         check(problem, program, inputs)
     if program.differentiable is None:
-        return _Run(problem, program, inputs).solve(records=False)
+        return _run(problem, program, inputs).solve(records=False)
     return _recorded(problem, program, inputs, params)
 
 
@@ -113,7 +118,7 @@ class _Run:
         call, p, program = self.call, self.p, self.program
         state = program.placed(p)
         self.y0 = self.array(p.y0, program.dtype)
-        self.ys = torch.empty((self.outputs, *p.y0.shape), dtype=program.dtype)
+        self.ys = self.y0.new_empty((self.outputs, *p.y0.shape))
         self.y_end = torch.empty_like(self.y0)
         call.samples, call.row = state.samples, p.y0.numel()
         call.offset, call.stride, call.members = state.offset, state.stride, state.members
@@ -233,8 +238,8 @@ class _Run:
         return outcome
 
     def batch_outcome(self) -> BatchOutcome:
-        status, accepted, rejected, filled = torch.tensor(self.whole, dtype=torch.int64).view(4, -1)
-        t, dt, error_ratio = torch.tensor(self.real, dtype=torch.float64).view(3, -1)
+        status, accepted, rejected, filled = torch.as_tensor(self.whole, dtype=torch.int64).view(4, -1)
+        t, dt, error_ratio = torch.as_tensor(self.real, dtype=torch.float64).view(3, -1)
         return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
 
     def find_culprit(self, outcome: Outcome):
@@ -248,6 +253,14 @@ class _Run:
                 outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + outcome.dt, outcome.dt, None)
 
 
+class _DeviceRun(OnDevice, _Run):
+    """The same on a GPU."""
+
+
+def _run(problem: Problem, program: Program, inputs) -> _Run:
+    return (_DeviceRun if program.gpu else _Run)(problem, program, inputs)
+
+
 # ---- the check of a new program ------------------------------------------------------------
 
 
@@ -258,9 +271,9 @@ def check(problem: Problem, program: Program, inputs):
     """
     t, y = example(problem)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+    noise = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
     y = y + 0.01 * (1 + y.abs()) * noise  # a start is often at zero, where much is alike
-    run = _Run(replace(problem, y0=y), program, inputs)
+    run = _run(replace(problem, y0=y), program, inputs)
     run.execute("evaluate")
     backward = program.differentiable is not None
     with torch.inference_mode(False), torch.set_grad_enabled(backward):

@@ -13,18 +13,19 @@ import torch
 from ..batched import BatchProblem
 from ..errors import CompileError
 from ..problem import Problem
-from . import build
+from . import build, cuda
 from .call import Call
 from .ir import Form
 from .layout import ROWS, WHOLE, Layout, layouts
 from .lower import Mixing, lower
-from .source import field_source
+from .source import Fields, field_source
 from .tables import method_source
 from .trace import trace, trace_joint
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _VECTOR_BYTES = 64
 _MANY_FLOPS = 20_000  # of a sample: matrix products pay for more lanes
+NO_GRADIENTS = "programs on GPUs have no backward pass yet: solve under torch.no_grad(), or with func itself"
 _TRIES = 16  # sets of inputs that may have a value for every sample
 
 
@@ -40,6 +41,8 @@ class Program:
         differentiable: numbers of the inputs that the backward pass has gradients for; None where there is no
             backward pass.
         shapes: of the tensors that func captured.
+        sizes: members of the generated field.
+        gpu: that it runs on, or None.
         seconds: spent on tracing, generating and compiling.
     """
 
@@ -52,7 +55,9 @@ class Program:
     differentiable: tuple[int, ...] | None
     shapes: tuple[tuple[int, ...], ...]
     form: Form
-    library: build.Library
+    library: build.Library | cuda.Kernels
+    sizes: dict[str, int]
+    gpu: cuda.Gpu | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     states: dict[int, State] = field(default_factory=dict)
     checked: bool = False  # against func
@@ -139,33 +144,53 @@ def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Te
     traced = trace(flat, t, y)
     inputs = traced.inputs
     gradients = gradients(inputs)
+    if gradients and cuda.gpu_of(y.device):
+        raise CompileError(NO_GRADIENTS)
     if gradients:
         traced = trace_joint(flat, t, y, inputs)
     seconds = {"trace": time.perf_counter() - began}
     began = time.perf_counter()
     layout, form = _lowered(problem, traced, t, y, gradients)
-    lanes = lanes_for(layout, form, y.dtype)
+    gpu = cuda.gpu_of(y.device)
+    lanes = 1 if gpu else lanes_for(layout, form, y.dtype)
     fields = field_source(form, _REALS[y.dtype], lanes, batched, gradients)
-    text = _HEAD + fields.text + method_source(problem.method, problem.dense) + "}  // namespace\n\n"
-    text += _entries(batched, gradients) + "\n}  // namespace flashode\n"
+    text = _program_of(problem, fields, layout, gradients, gpu)
     seconds["generate"] = time.perf_counter() - began
     began = time.perf_counter()
-    library = build.load(text)
+    library = gpu.load(text) if gpu else build.load(text)
     seconds["compile"] = time.perf_counter() - began
     differentiable = tuple(i for i, x in enumerate(inputs) if x.requires_grad) if gradients else None
     program = Program(
         problem.method.name, layout, batched, lanes, y.dtype, fields.own, differentiable,
-        tuple(tuple(x.shape) for x in inputs), form, library, seconds,
+        tuple(tuple(x.shape) for x in inputs), form, library, fields.sizes, gpu, seconds,
     )  # fmt: skip
     return program, inputs
+
+
+def has_each_tolerance(problem: Problem) -> bool:
+    """Whether each number has a tolerance of its own."""
+    return any(isinstance(tolerance, torch.Tensor) for tolerance in (problem.rtol, problem.atol))
+
+
+def _program_of(problem: Problem, fields: Fields, layout: Layout, gradients: bool, gpu: cuda.Gpu | None) -> str:
+    """The text of a program."""
+    batched, method = isinstance(problem, BatchProblem), method_source(problem.method, problem.dense)
+    if gpu is None:
+        text = _HEAD + fields.text + method + "}  // namespace\n\n"
+        return text + _entries(batched, gradients) + "\n}  // namespace flashode\n"
+    has_each = has_each_tolerance(problem)
+    turns = gpu.turns(layout.samples) if problem.method.adaptive and not batched else 1
+    slopes = problem.method.tableau.stages + len(problem.dense.extra_c)
+    cuda.require_room(fields.sizes, slopes, has_each, turns, problem.y0.dtype.itemsize)
+    return cuda.cuda_source(fields.text, method, batched, has_each, turns)
 
 
 def example(problem: Problem):
     """A time and a state as func sees them."""
     if isinstance(problem, BatchProblem):
-        t = (problem.direction * problem.times[:, 0]).reshape(problem.time_shape).to(problem.y0.dtype)
+        t = (problem.direction * problem.times[:, 0]).reshape(problem.time_shape).to(problem.y0)
     else:
-        t = torch.tensor(problem.direction * problem.times[0], dtype=problem.y0.dtype)
+        t = torch.tensor(problem.direction * problem.times[0], dtype=problem.y0.dtype, device=problem.y0.device)
     return t, problem.y0.detach().contiguous()
 
 

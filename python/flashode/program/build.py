@@ -182,6 +182,20 @@ def _failure(command, outcome, written) -> str:
 # ---- files -----------------------------------------------------------------------------------
 
 
+def kept(file: str, source: str, make) -> tuple[bytes, Path, bool]:
+    """What make() gives: from the cache's file of that name if it is there, else made and put there, with its source
+    beside it. Also the file, and whether it was there."""
+    path = cache_folder() / file
+    if _is_whole(path):
+        return path.read_bytes()[:-_CHECKSUM], path, True
+    if not os.access(path.parent, os.W_OK):
+        path = _temporary() / file
+    _replace(path.with_suffix(".cu"), source.encode())
+    content = make()
+    _replace(path, content + hashlib.sha256(content).digest())
+    return content, path, False
+
+
 def cache_folder() -> Path:
     """The folder of compiled programs, created if need be."""
     named = os.environ.get("FLASHODE_CACHE")
@@ -240,7 +254,7 @@ def _hash(source: str, command) -> str:
         _version(tuple(compiler())),
         _openmp() or "",
         _processor(),
-        _included(),
+        headers_hash(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -251,7 +265,8 @@ def _version(command) -> str:
 
 
 @functools.cache
-def _included() -> str:
+def headers_hash() -> str:
+    """Of the contents of all headers."""
     content = hashlib.sha256()
     for folder in headers():
         for path in sorted(folder.glob("*.h")):

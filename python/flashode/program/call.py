@@ -1,4 +1,4 @@
-"""What a program is called with: the mirror of ``csrc/compiled/call.h``."""
+"""What a program is called with: the mirror of ``csrc/compiled/call.h``, and of ``device.h`` for GPUs."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ class Call(ctypes.Structure):
             (name, c_void_p)
             for name in ("grad_ys", "adj_y0", "grad_inputs", "grad_own", "grad_t", "grad_grid")
         ),
+    ]
+
+
+class DeviceCall(ctypes.Structure):
+    """What a kernel is called with. Pointers are addresses on the device."""
+
+    _fields_ = [
+        ("call", Call),
+        *((name, c_void_p) for name in ("prepared", "sums", "of_blocks", "arrived", "accepted_times", "extends")),
+        ("room", c_int64),
+        *((name, c_void_p) for name in ("rounds", "failed", "returned", "started", "probed", "nfe")),
     ]
 
 

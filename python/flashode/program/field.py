@@ -11,7 +11,7 @@ from torch import nn
 
 from ..arguments import kind_of
 from ..errors import ArgumentTypeError
-from .assemble import Program, assemble
+from .assemble import Program, assemble, has_each_tolerance
 from .captured import Captured, Walk
 from .explain import explain
 
@@ -122,6 +122,8 @@ class CompiledField(nn.Module):
         y0 = problem.y0
         kind = (type(problem), problem.method.name, problem.dense)
         state = (y0.shape, problem.shapes, problem.dtypes, y0.dtype, y0.device)
+        if y0.is_cuda:
+            state += (has_each_tolerance(problem),)
         return kind, state, torch.is_grad_enabled() and (y0.requires_grad, problem.differentiates_time)
 
     def _hold(self, key, program, captured):

@@ -24,6 +24,7 @@ class Fields:
 
     text: str
     own: list[tuple[int, int, int]]  # of each constant of a sample: input, position, distance of the next sample's
+    sizes: dict[str, int]  # its members of that name
 
 
 def field_source(form: Form, real: str, lanes: int, own_clocks: bool, gradients: bool) -> Fields:
@@ -119,7 +120,7 @@ class _Writer:
             parts += [self.head_of("pull_back"), pulling.text() + "  }"]
             scratch = max(scratch, keeping.scratch_size, pulling.scratch_size)
         preparing = _Section(self, "prepare", [a for a in form.arrays if a.kind == Kind.PREPARED], {}, {})
-        prepare = preparing.text()  # last: sections may ask for packed copies
+        derive = preparing.text()  # last: sections may ask for packed copies
         width = next(a.size for a in form.arrays if a.operation == "y")
         timed = any(a.operation == "t" for a in self.form.arrays_of(self.read_slots(primal + back + self.late)))
         finish = _Section(self, "finish", self.late, {}, {}).text() if self.gradients else ""
@@ -133,9 +134,18 @@ class _Writer:
             f"  static constexpr bool timed = {'true' if timed else 'false'};",
             *(f"  static constexpr int {name} = {value};" for name, value in members.items()),
             "",
-            "  static void prepare([[maybe_unused]] const Real* const* inputs, [[maybe_unused]] Real* prepared) {",
+            "  // Every `step`-th number of the inputs, from `first` on: by as many as like to.",
+            "  FLASHODE_BOTH static void fetch([[maybe_unused]] const Real* const* inputs, [[maybe_unused]] Real* prepared,",
+            "                                  [[maybe_unused]] int first, [[maybe_unused]] int step) {",
+            *self.fetches(),
+            "  }",
+            "  FLASHODE_BOTH static void derive([[maybe_unused]] Real* prepared) {",
             "    using W [[maybe_unused]] = Real;",
-            prepare + "  }",
+            derive + "  }",
+            "  FLASHODE_BOTH static void prepare(const Real* const* inputs, Real* prepared) {",
+            "    fetch(inputs, prepared, 0, 1);",
+            "    derive(prepared);",
+            "  }",
             *parts,
         ]
         if self.gradients:
@@ -146,7 +156,14 @@ class _Writer:
                 "    using W [[maybe_unused]] = Real;",
                 finish + "  }",
             ]
-        return Fields("\n".join(lines) + "\n};\n", self.own)
+        return Fields("\n".join(lines) + "\n};\n", self.own, members)
+
+    def fetches(self) -> list[str]:
+        given = [a for a in self.form.arrays if a.kind == Kind.PREPARED and a.operation.startswith("input ")]
+        return [
+            f"    for (int i = first; i < {a.size}; i += step) prepared[{self.prepared[id(a)]} + i] = inputs[{a.operation[6:]}][i];"
+            for a in given
+        ]
 
     def head_of(self, name) -> str:
         head = "const Real* prepared, const V* own, Time t, const V* y, "
@@ -333,10 +350,6 @@ class _Section:
     # ---- statements ------------------------------------------------------------------------
 
     def text(self) -> str:
-        for i, a in enumerate(self.arrays):
-            if a.operation.startswith("input ") and self.name == "prepare":
-                offset, number = self.w.prepared[id(a)], a.operation[6:]
-                self.lines.append(f"for (int i = 0; i < {a.size}; ++i) prepared[{offset} + i] = inputs[{number}][i];")
         self.write_arrays([a for a in self.arrays if not _is_given(a)])
         self.write_outputs()
         declared = [f"Real {space}[{size}];" for space, size in self.local_sizes.items() if size]

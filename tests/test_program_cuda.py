@@ -1,0 +1,180 @@
+"""Programs for GPUs: compiled by nvcc where there is one, and run on the host by the emulator in cuda_on_host/."""
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from fields import squashed
+from test_cuda_on_host import TRANSLATION
+from torch import nn
+
+import flashode
+from flashode.engines.on_device import OnDevice
+from flashode.errors import CompileError
+from flashode.program import build, cuda
+from flashode.program.call import DeviceCall
+
+F32, F64 = torch.float32, torch.float64
+EMULATOR = Path(__file__).parent / "cuda_on_host"
+NAMES = ("prepare", "solve", "evaluate")
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+
+needs_emulator = pytest.mark.skipif(
+    shutil.which("g++") is None or sys.platform != "linux", reason="the emulator needs g++ and Linux"
+)
+
+
+# ---- a GPU on the host -----------------------------------------------------------------------------
+
+
+class Emulated:
+    """A program run by the emulator; as `cuda.Kernels`."""
+
+    def __init__(self, source, folder):
+        self.source = self.path = folder / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.cpp"
+        self.seconds, self.cached = 0.0, False
+        launches = "".join(
+            f'extern "C" int launch_{name}(int blocks, const flashode::DeviceCall* call) {{\n'
+            f"  on_host::launch(dim3(blocks), flashode::kThreads, [&] {{ flashode::flashode_{name}(call); }});\n"
+            "  return cudaGetLastError();\n}\n"
+            for name in NAMES
+        )
+        size = 'extern "C" int64_t call_size() { return sizeof(flashode::DeviceCall); }\n'
+        size += 'extern "C" const char* error_text() { return cudaGetErrorString(cudaSuccess); }\n'
+        size += 'extern "C" void schedule(uint64_t seed) { on_host::chance.seed(seed); }\n'
+        self.source.write_text('#include "cuda_runtime.h"\n' + source + launches + size)
+        device = (build.headers()[0] / "device.h").read_text()
+        for pattern, replacement in TRANSLATION[1:3]:
+            device, found = re.subn(pattern, replacement, device)
+            assert found
+        (folder / "device.h").write_text(device)
+        library = self.source.with_suffix(".so")
+        places = [f"-I{place}" for place in (EMULATOR, folder, *build.headers())]
+        subprocess.run(["g++", *FLAGS, *places, self.source, "-o", library], check=True)
+        self.library = ctypes.CDLL(str(library))
+        assert self.library.call_size() == ctypes.sizeof(DeviceCall)
+        self.library.error_text.restype = ctypes.c_char_p
+
+    def launch(self, name, blocks, call, together):
+        assert not together or blocks <= Host.blocks, "blocks that wait for each other must be resident"
+        error = getattr(self.library, f"launch_{name}")(blocks, ctypes.c_void_p(call))
+        assert error == 0, self.library.error_text()
+
+
+class Host(cuda.Gpu):
+    """The emulator as `cuda.Gpu`: a warp a block, and four blocks at a time."""
+
+    threads, blocks = 32, 4
+    folder: Path
+
+    def __init__(self, device=None):
+        pass
+
+    def load(self, source):
+        return Emulated(source, self.folder)
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    Host.folder = tmp_path
+    monkeypatch.setattr(cuda, "gpu_of", Host)
+
+
+def on_both(func, y0, t, **settings):
+    """By the kernels, and by the reference engine."""
+    with torch.no_grad():
+        ours = flashode.solve(func, y0, t, throw=False, engine="compiled", **settings)
+        theirs = flashode.solve(func.func, y0, t, throw=False, engine="reference", **settings)
+    return ours, theirs
+
+
+def require_alike(ours, theirs, rtol=1e-9):
+    """Values, how the solve ended, and all counts."""
+    torch.testing.assert_close(ours.ys, theirs.ys, rtol=rtol, atol=rtol, equal_nan=True)
+    for name, a, b in [
+        ("status", ours.status, theirs.status),
+        *((name, getattr(ours.stats, name), getattr(theirs.stats, name)) for name in ("nfe", "accepted", "rejected")),
+    ]:
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), name
+    if hasattr(theirs.stats, "accepted_times"):
+        assert ours.stats.accepted_times == pytest.approx(theirs.stats.accepted_times, rel=1e-6)
+
+
+# ---- problems --------------------------------------------------------------------------------------
+
+
+def lorenz(t, y):
+    a, b, c = y.unbind(-1)
+    return torch.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c], -1)
+
+
+def van_der_pol(t, y):
+    x, v = y.unbind(-1)
+    return torch.stack([v, 5 * (1 - x * x) * v - x], -1)
+
+
+def pendulum(t, y):
+    return y[1], -torch.sin(y[0]) - 0.3 * y[1]
+
+
+class Decay(nn.Module):
+    """Every sample has a rate of its own, and all share a net."""
+
+    def __init__(self, samples):
+        super().__init__()
+        self.rate = torch.linspace(0.5, 4, samples, dtype=F64)[:, None]
+        self.net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 2)).double()
+
+    def forward(self, t, y):
+        return self.net(y) * torch.cos(t).reshape(-1, 1) - self.rate * y
+
+
+def problem(name):
+    """func, y0, t and how to solve."""
+    torch.manual_seed(0)
+    t = torch.linspace(0.2, 1.2, 6, dtype=F64)
+    if name == "together":  # by several blocks, whose threads have several samples each
+        return squashed(3, 16, 3), torch.randn(300, 3, dtype=F64), t, {"rtol": 1e-6, "atol": 1e-8}
+    if name == "members":  # two, with a tolerance for each number, and a time where the field jumps
+        y0 = torch.randn(20, 1, dtype=F64), torch.randn(20, 1, dtype=F64)
+        settings = {"method": "tsit5", "rtol": 1e-6, "atol": (1e-8, torch.logspace(-9, -6, 20, dtype=F64)[:, None])}
+        return pendulum, y0, t, settings | {"options": {"jump_t": torch.tensor([0.55], dtype=F64)}}
+    if name == "own":
+        settings = {"method": "dopri8", "rtol": 1e-7, "atol": 1e-9, "options": {"batched": True}}
+        return Decay(40), torch.randn(40, 2, dtype=F64), t, settings
+    y0 = torch.randn(100, 2, dtype=F32)
+    return van_der_pol, y0, t.float(), {"method": "rk4", "options": {"step_size": 0.03, "interp": "cubic"}}
+
+
+PROBLEMS = ["together", "members", "own", "fixed"]
+
+
+# ---- on the host -----------------------------------------------------------------------------------
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_kernels_solve_as_the_reference_engine_does(host, monkeypatch, name):
+    monkeypatch.setattr(OnDevice, "room", 2)  # for ends of steps: a solve that has more of them is done again
+    func, y0, t, settings = problem(name)
+    func = flashode.compile(func)
+    rtol = 1e-5 if name == "fixed" else 1e-9
+    require_alike(*on_both(func, y0, t, **settings), rtol)
+
+    if name == "own":  # one starts nowhere, one is stopped on its way
+        y0[3, 0] = torch.nan
+        settings["options"] |= {"max_num_steps": 3}
+    elif name == "fixed":  # one sample leaves, and takes the others with it
+        y0[70] = 6.0
+    else:
+        settings["options"] = settings.get("options", {}) | {"max_num_steps": 1}
+    ours, theirs = on_both(func, y0, t, **settings)
+    assert torch.as_tensor(theirs.status).max() > 0
+    require_alike(ours, theirs, rtol)
