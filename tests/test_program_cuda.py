@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fields import squashed
+from fields import FIELDS, squashed
 from test_cuda_on_host import TRANSLATION
 from torch import nn
 
@@ -56,7 +56,7 @@ class Emulated:
             assert found
         (folder / "device.h").write_text(device)
         library = self.source.with_suffix(".so")
-        places = [f"-I{place}" for place in (EMULATOR, folder, *build.headers())]
+        places = [f"-iquote{place}" for place in (EMULATOR, folder, *build.headers())]
         subprocess.run(["g++", *FLAGS, *places, self.source, "-o", library], check=True)
         self.library = ctypes.CDLL(str(library))
         assert self.library.call_size() == ctypes.sizeof(DeviceCall)
@@ -178,3 +178,92 @@ def test_kernels_solve_as_the_reference_engine_does(host, monkeypatch, name):
     ours, theirs = on_both(func, y0, t, **settings)
     assert torch.as_tensor(theirs.status).max() > 0
     require_alike(ours, theirs, rtol)
+
+
+# ---- by nvcc ---------------------------------------------------------------------------------------
+
+
+class Written(Exception):
+    """The source of a program, where it would be compiled."""
+
+
+class Writer(cuda.Gpu):
+    blocks = 264
+
+    def __init__(self, device=None):
+        pass
+
+    def load(self, source):
+        raise Written(source)
+
+
+def source_of(monkeypatch, func, y0, t, settings):
+    monkeypatch.setattr(cuda, "gpu_of", Writer)
+    with torch.no_grad(), pytest.raises(Written) as written:
+        flashode.solve(flashode.compile(func), y0, t, engine="compiled", **settings)
+    return str(written.value)
+
+
+def assembled(folder, name, source):
+    """What ptxas says of the kernels of a source: registers and bytes spilled of each."""
+    path = folder / f"{name}.cu"
+    path.write_text(source)
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    command += [f"-Xcompiler=-iquote{place}" for place in build.headers()]
+    outcome = subprocess.run([*command, path, "-o", path.with_suffix(".cubin")], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    said = re.findall(
+        r"Function properties for flashode_(\w+)\n.* (\d+) bytes spill stores.*\n.*Used (\d+) registers", outcome.stderr
+    )
+    return {kernel: (int(registers), int(spilled)) for kernel, spilled, registers in said}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_takes_the_kernels_and_small_systems_stay_in_registers(monkeypatch, tmp_path):
+    sources = {name: source_of(monkeypatch, *problem(name)) for name in ("members", "own")}
+    y0, t = torch.randn(1000, 3), torch.linspace(0, 1, 2)
+    own = {"method": "tsit5", "options": {"batched": True}}
+    sources["lorenz fixed"] = source_of(monkeypatch, lorenz, y0, t, {"method": "rk4"})
+    sources["lorenz own"] = source_of(monkeypatch, lorenz, y0, t, own)
+    sources["lorenz together"] = source_of(monkeypatch, lorenz, y0, t, {"method": "tsit5"})
+    sources["scattered"] = source_of(monkeypatch, *FIELDS["written_in_place"](), t.double(), {})
+    with ThreadPoolExecutor(2) as pool:
+        used = dict(zip(sources, pool.map(lambda item: assembled(tmp_path, *item), sources.items())))
+    for name, kernels in used.items():
+        assert set(kernels) == set(NAMES), name
+        if name.startswith("lorenz"):
+            registers, spilled = kernels["solve"]
+            assert registers <= 128, name
+            assert spilled <= 16, name
+
+
+@needs_emulator
+def test_nvrtc_needs_no_header_of_the_c_library(monkeypatch, tmp_path):
+    path = tmp_path / "program.cu"
+    path.write_text(source_of(monkeypatch, *problem("own")))
+    command = ["g++", "-std=c++17", "-E", "-nostdinc", "-D__CUDACC__", "-D__CUDACC_RTC__", "-x", "c++", path]
+    command += [f"-iquote{place}" for place in build.headers()]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+# ---- what there is not -----------------------------------------------------------------------------
+
+
+def test_gradients_on_gpus_are_refused_with_a_reason(monkeypatch):
+    monkeypatch.setattr(cuda, "gpu_of", Writer)
+    y0, t = torch.randn(4, 2, dtype=F64), torch.linspace(0, 1, 2, dtype=F64)
+    with pytest.raises(CompileError, match="no backward pass yet: solve under torch.no_grad"):
+        flashode.odeint(flashode.compile(Decay(4)), y0, t)
+
+
+def test_a_sample_that_a_thread_has_no_room_for_is_refused():
+    with pytest.raises(CompileError, match="a thread of the GPU would need .* bytes"):
+        cuda.require_room({"width": 5000, "own": 0, "scratch": 0}, 7, False, 1, 4)
+
+
+def test_without_cuda_core_the_reason_names_it(monkeypatch):
+    monkeypatch.setattr(cuda, "_cuda_core", lambda: None)
+    assert "pip install cuda-core" in cuda.missing()
+    with pytest.raises(CompileError, match="pip install cuda-core"):
+        cuda.Gpu.load(Writer(), "")

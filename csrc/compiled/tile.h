@@ -282,7 +282,8 @@ struct Tile {
   template <int i = 0, class Clock>
   FLASHODE_HD void extend(const Clock& clock) const {
     if constexpr (i < Method::extra) {
-      evaluate<ExtraRow<Method, i>>(clock, Method::extra_c[i], 0, Method::stages + i, nullptr);
+      constexpr double c = Method::extra_c[i];
+      evaluate<ExtraRow<Method, i>>(clock, c, 0, Method::stages + i, nullptr);
       extend<i + 1>(clock);
     }
   }

@@ -109,7 +109,8 @@ def flags() -> list[str]:
         "-shared",
         "-w",
     ]
-    return [*chosen, *(f"-I{folder}" for folder in headers())]
+    # Not -I: <math.h> is the C library's, whoever includes it.
+    return [*chosen, *(f"-iquote{folder}" for folder in headers())]
 
 
 @functools.cache
