@@ -24,6 +24,7 @@ int64_t tiles_of(const Call& call) {
 // Lanes that hold samples, of the tile that begins with sample `first`.
 template <class Field>
 FLASHODE_HD int live_lanes(const Call& call, int64_t first) {
+  if constexpr (Field::lanes == 1) return 1;
   const int64_t left = call.samples - first;
   return left < Field::lanes ? int(left) : Field::lanes;
 }
