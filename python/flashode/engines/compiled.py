@@ -171,7 +171,9 @@ class _Run:
 
     def set_results(self):
         n, call = (self.call.samples if self.batched else 1), self.call
-        self.whole, self.real = ((of * (rows * n))() for of, rows in ((ctypes.c_int64, 4), (ctypes.c_double, 3)))
+        self.whole, self.real = (
+            (of * (rows * n))() for of, rows in ((ctypes.c_int64, 4), (ctypes.c_double, 3))
+        )
         whole, real, row = ctypes.addressof(self.whole), ctypes.addressof(self.real), 8 * n
         call.status, call.accepted, call.rejected, call.filled = (whole + i * row for i in range(4))
         call.t, call.dt, call.error_ratio = (real + i * row for i in range(3))
@@ -203,7 +205,9 @@ class _Run:
         """Gradients of the start and of the inputs, None for those that have none; of the times in place."""
         call, program = self.call, self.program
         adj_y0 = torch.zeros_like(self.y0)
-        grads = [torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(self.inputs)]
+        grads = [
+            torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(self.inputs)
+        ]
         call.grad_ys, call.adj_y0 = self.array(grad_ys, program.dtype).data_ptr(), adj_y0.data_ptr()
         call.grad_inputs = self.addresses(grads)
         call.grad_own = self.addresses([grads[i] for i, _, _ in program.own])
@@ -226,7 +230,16 @@ class _Run:
         if accepted:
             times.frombytes(ctypes.string_at(self.call.accepted_times, times.itemsize * accepted))
         outcome = Outcome(
-            Status(status), self.ys, self.call.nfe, accepted, rejected, times, t, dt, error_ratio, y1=self.y_end
+            Status(status),
+            self.ys,
+            self.call.nfe,
+            accepted,
+            rejected,
+            times,
+            t,
+            dt,
+            error_ratio,
+            y1=self.y_end,
         )
         if not outcome.status.ok:
             self.find_culprit(outcome)

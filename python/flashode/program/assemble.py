@@ -214,7 +214,9 @@ def _entries(own_clocks: bool, gradients: bool) -> str:
     lines = []
     for name in ("solve", "evaluate") + (("reverse", "pull_back") if gradients else ()):
         template = "Field, Method" if name in ("solve", "reverse") else "Field"
-        lines.append(f'extern "C" int flashode_{name}{suffix}(Call* call) {{ return {name}{suffix}<{template}>(*call); }}')
+        lines.append(
+            f'extern "C" int flashode_{name}{suffix}(Call* call) {{ return {name}{suffix}<{template}>(*call); }}'
+        )
     lines += [
         'extern "C" void flashode_release(void* recording) { release<Field>(recording); }',
         'extern "C" int64_t flashode_call_size() { return sizeof(Call); }',

@@ -14,7 +14,10 @@ from .ir import Array, Form, Kind
 from .operations import FUNCTIONS, POINTWISE
 
 _FEW = 12  # numbers that become variables, not arrays
-_CHEAP = frozenset("neg add sub mul square cube abs relu maximum minimum where copy as_real gt ge lt le eq ne".split())
+_INLINE = 40  # statements of a function that is copied to all places where it is called
+_CHEAP = frozenset(
+    "neg add sub mul square cube abs relu maximum minimum where copy as_real gt ge lt le eq ne".split()
+)
 _FEW_TERMS = 48  # of a sum that is written out
 
 
@@ -23,7 +26,9 @@ class Fields:
     """The C++ of a field, and what the caller has to know of it."""
 
     text: str
-    own: list[tuple[int, int, int]]  # of each constant of a sample: input, position, distance of the next sample's
+    own: list[
+        tuple[int, int, int]
+    ]  # of each constant of a sample: input, position, distance of the next sample's
 
 
 def field_source(form: Form, real: str, lanes: int, own_clocks: bool, gradients: bool) -> Fields:
@@ -33,7 +38,13 @@ def field_source(form: Form, real: str, lanes: int, own_clocks: bool, gradients:
 
 class _Writer:
     def __init__(self, form, real, lanes, own_clocks, gradients):
-        self.form, self.real, self.lanes, self.own_clocks, self.gradients = form, real, lanes, own_clocks, gradients
+        self.form, self.real, self.lanes, self.own_clocks, self.gradients = (
+            form,
+            real,
+            lanes,
+            own_clocks,
+            gradients,
+        )
         self.own, self.own_offset = [], {}
         for i, (places, steps) in sorted(form.own.items()):
             self.own_offset[i] = len(self.own)
@@ -108,20 +119,24 @@ class _Writer:
             needed |= self.read_by(again)
             uniform = self.closure([a for a in primal if id(a) in needed and a.kind == Kind.UNIFORM])
             back = again + back
-        f_only = _Section(self, "slope", self.forward(primal) if self.gradients else primal, {}, {"f": form.outputs["f"]})
-        parts = [self.head_of("slope"), f_only.text() + "  }"]
+        f_only = _Section(
+            self, "slope", self.forward(primal) if self.gradients else primal, {}, {"f": form.outputs["f"]}
+        )
+        parts = [self.function("slope", f_only)]
         scratch = f_only.scratch_size
         if self.gradients:
             keeping = _Section(self, "slope_keeping", primal, kept, {"f": form.outputs["f"]})
-            parts += [self.head_of("slope_keeping"), keeping.text() + "  }"]
+            parts.append(self.function("slope_keeping", keeping))
             outputs = {"adj_y": form.outputs.get("of_y"), "adj_t": form.outputs.get("of_t")}
             pulling = _Section(self, "pull_back", uniform + back, kept, outputs, reads_kept=True)
-            parts += [self.head_of("pull_back"), pulling.text() + "  }"]
+            parts.append(self.function("pull_back", pulling))
             scratch = max(scratch, keeping.scratch_size, pulling.scratch_size)
         preparing = _Section(self, "prepare", [a for a in form.arrays if a.kind == Kind.PREPARED], {}, {})
         prepare = preparing.text()  # last: sections may ask for packed copies
         width = next(a.size for a in form.arrays if a.operation == "y")
-        timed = any(a.operation == "t" for a in self.form.arrays_of(self.read_slots(primal + back + self.late)))
+        timed = any(
+            a.operation == "t" for a in self.form.arrays_of(self.read_slots(primal + back + self.late))
+        )
         finish = _Section(self, "finish", self.late, {}, {}).text() if self.gradients else ""
         members = {
             "lanes": self.lanes, "width": width, "own": len(self.own), "prepared": self.prepared_size,
@@ -148,7 +163,10 @@ class _Writer:
             ]
         return Fields("\n".join(lines) + "\n};\n", self.own)
 
-    def head_of(self, name) -> str:
+    def function(self, name, section) -> str:
+        """One of the functions over lanes. Those of few statements become part of every stage of a step; copies of
+        long ones would only take the compiler's time."""
+        body = section.text()
         head = "const Real* prepared, const V* own, Time t, const V* y, "
         head += {
             "slope": "V* f, V* scratch",
@@ -156,9 +174,10 @@ class _Writer:
             "pull_back": "const V* kept, const V* adj, V* adj_y, V* adj_t, V* adj_own, V* lane_sums, Real* sums, V* scratch",
         }[name]
         head = ",\n      ".join(f"[[maybe_unused]] {part}" for part in head.split(", "))
+        kind = "FLASHODE_HD" if body.count("\n") <= _INLINE else "FLASHODE_APART"
         return (
-            f"\n  template <class V, class Time>\n  FLASHODE_HD static void {name}(\n      {head}) {{\n"
-            "    using W [[maybe_unused]] = V;"
+            f"\n  template <class V, class Time>\n  {kind} static void {name}(\n      {head}) {{\n"
+            f"    using W [[maybe_unused]] = V;\n{body}  }}"
         )
 
     def read_slots(self, arrays) -> np.ndarray:
@@ -246,7 +265,12 @@ class _Section:
             arrays = self.form.arrays_of(slots)
             if len(arrays) == 1 and id(arrays[0]) in self.memory & self.made and arrays[0].kind == Kind.LANES:
                 a = arrays[0]
-                if a.size == slots.size and (slots == a.slots).all() and id(a) not in self.kept and name != "adj_t":
+                if (
+                    a.size == slots.size
+                    and (slots == a.slots).all()
+                    and id(a) not in self.kept
+                    and name != "adj_t"
+                ):
                     self.direct[id(a)] = name
         self.offsets = {}
 
@@ -336,7 +360,9 @@ class _Section:
         for i, a in enumerate(self.arrays):
             if a.operation.startswith("input ") and self.name == "prepare":
                 offset, number = self.w.prepared[id(a)], a.operation[6:]
-                self.lines.append(f"for (int i = 0; i < {a.size}; ++i) prepared[{offset} + i] = inputs[{number}][i];")
+                self.lines.append(
+                    f"for (int i = 0; i < {a.size}; ++i) prepared[{offset} + i] = inputs[{number}][i];"
+                )
         self.write_arrays([a for a in self.arrays if not _is_given(a)])
         self.write_outputs()
         declared = [f"Real {space}[{size}];" for space, size in self.local_sizes.items() if size]
@@ -345,7 +371,9 @@ class _Section:
     def write_arrays(self, arrays):
         """All of them, loops shared where they can be."""
         waiting, done = list(arrays), {id(a) for a in self.form.arrays} - {id(a) for a in arrays}
-        sources = {id(a): {id(s) for o in a.operands for s in self.form.arrays_of(o.reshape(-1))} for a in arrays}
+        sources = {
+            id(a): {id(s) for o in a.operands for s in self.form.arrays_of(o.reshape(-1))} for a in arrays
+        }
         while waiting:
             first = waiting[0]
             if first.operation not in POINTWISE or self.unrolls(first):
@@ -355,7 +383,12 @@ class _Section:
                 continue
             group = [first]
             for a in waiting[1:]:
-                if a.operation in POINTWISE and a.size == first.size and not self.unrolls(a) and self.joins(a, group, done, sources):
+                if (
+                    a.operation in POINTWISE
+                    and a.size == first.size
+                    and not self.unrolls(a)
+                    and self.joins(a, group, done, sources)
+                ):
                     group.append(a)
             chosen = {id(a) for a in group}
             waiting = [a for a in waiting if id(a) not in chosen]
@@ -365,7 +398,9 @@ class _Section:
     def joins(self, a, group, done, sources):
         """Whether an operation can be done in the loop of others: what it reads is there, or made in the same turn."""
         inside = {id(g): g for g in group}
-        if not sources[id(a)] <= done | set(inside) or (a.kind == Kind.LANES) != (group[0].kind == Kind.LANES):
+        if not sources[id(a)] <= done | set(inside) or (a.kind == Kind.LANES) != (
+            group[0].kind == Kind.LANES
+        ):
             return False
         for o in a.operands:
             for s in self.form.arrays_of(o):
@@ -460,7 +495,9 @@ class _Section:
         index = _sum_of(variables, _row_major(sizes))
         for variable, size in zip(variables, sizes):
             self.lines.append(f"for (int {variable} = 0; {variable} < {size}; ++{variable}) {{")
-        texts = [f"{space}[{self.at(at, variables, strides[j], index)}]" for j, (space, at) in enumerate(columns)]
+        texts = [
+            f"{space}[{self.at(at, variables, strides[j], index)}]" for j, (space, at) in enumerate(columns)
+        ]
         read_later = self.read_after(group, later)
         for a in group:
             operands = []
@@ -488,7 +525,11 @@ class _Section:
         """Which of a group others read."""
         wanted = set(self.kept) if not self.reads_kept else set()
         wanted |= self.w.at_once
-        for slots in [*(o.reshape(-1) for a in later for o in a.operands), *self.outputs.values(), *self.final_slots()]:
+        for slots in [
+            *(o.reshape(-1) for a in later for o in a.operands),
+            *self.outputs.values(),
+            *self.final_slots(),
+        ]:
             wanted |= {id(s) for s in self.form.arrays_of(slots)}
         if self.name == "prepare":
             wanted |= {id(a) for a in group}
@@ -550,7 +591,10 @@ class _Section:
         nest = _nest(np.stack(columns))
         if nest is not None and len(nest[0]) <= 4:
             return nest[0], [list(s) for s in np.array(nest[1]).T]
-        return [n], [None if (single := _nest(c[None])) is None or len(single[0]) > 1 else [single[1][0][0]] for c in columns]
+        return [n], [
+            None if (single := _nest(c[None])) is None or len(single[0]) > 1 else [single[1][0][0]]
+            for c in columns
+        ]
 
     def at(self, addresses, variables, strides, index) -> str:
         """An address as an expression of the loop variables."""
@@ -587,7 +631,9 @@ class _Section:
         x_text = f"{source} + {first}" + (f" + r * {distance}" if for_rows else "")
         to_text = f"{target} + {to}" + (f" + r * {m}" if for_rows else "")
         del wide
-        self.lines.append(f"{for_rows}product<{m}, {k}>({space} + {at}, {row}, {column}, {x_text}, {to_text});{self.comment(a, 0)}")
+        self.lines.append(
+            f"{for_rows}product<{m}, {k}>({space} + {at}, {row}, {column}, {x_text}, {to_text});{self.comment(a, 0)}"
+        )
         self.also_accumulated(a, target, to)
 
     def matrix_at(self, weights):
@@ -623,10 +669,14 @@ class _Section:
                 texts.append(f"{space}[{_sum_of(['1', 'i', 'j'], [int(at[0, 0]), row, step])}]")
         how = "sum" if a.operation == "contract" else a.operation[7:]
         term = " * ".join(texts)
-        step = {"sum": "total = total + {}", "prod": "total = total * {}"}.get(how, how.join(["total = ", "(total, {})"]))
+        step = {"sum": "total = total + {}", "prod": "total = total * {}"}.get(
+            how, how.join(["total = ", "(total, {})"])
+        )
         self.lines += [
             f"for (int i = 0; i < {count}; ++i) {{{self.comment(a, 0)}",
-            f"  {kind} total; {{ const int j = 0; total = {term}; }}" if "j" in term else f"  {kind} total = {term};",
+            f"  {kind} total; {{ const int j = 0; total = {term}; }}"
+            if "j" in term
+            else f"  {kind} total = {term};",
             f"  for (int j = 1; j < {r}; ++j) {step.format(term)};",
             f"  {target}[{to} + i] = total;",
             "}",
@@ -649,7 +699,9 @@ class _Section:
             nest = None if found is None else _nest(found[1][None])
             if nest is None or len(nest[0]) != 1:
                 for i, slot in enumerate(slots):
-                    self.lines.append(f"lane_sums[{offset + i}] = lane_sums[{offset + i}] + {self.ref(slot)};")
+                    self.lines.append(
+                        f"lane_sums[{offset + i}] = lane_sums[{offset + i}] + {self.ref(slot)};"
+                    )
             else:
                 text = f"{found[0]}[{_sum_of(['1', 'i'], [int(found[1][0]), int(nest[1][0][0])])}]"
                 self.lines.append(
@@ -693,10 +745,14 @@ class _Section:
             missing = [name for name in ("adj_y", "adj_t") if name not in self.outputs]
             width = next(a.size for a in self.form.arrays if a.operation == "y")
             for name in missing:
-                self.lines.append(f"for (int i = 0; i < {width if name == 'adj_y' else 1}; ++i) {name}[i] = zero<V>();")
+                self.lines.append(
+                    f"for (int i = 0; i < {width if name == 'adj_y' else 1}; ++i) {name}[i] = zero<V>();"
+                )
             for name, slots in self.form.outputs.items():
                 if name.startswith("of own "):
-                    self.write_copies(slots, "adj_own", self.w.own_offset[int(name[7:])], "{to} = {to} + {value};")
+                    self.write_copies(
+                        slots, "adj_own", self.w.own_offset[int(name[7:])], "{to} = {to} + {value};"
+                    )
         if self.name == "finish":
             for name, slots in self.form.outputs.items():
                 if name.startswith("of input ") and slots.any():
