@@ -256,12 +256,12 @@ def test_float32_to_its_rounding(program):
         dict(safety=0.7, ifactor=3.0, dfactor=0.5),
         dict(step_t=torch.tensor([0.4, 0.9]), max_step=0.3),
         dict(overshoot=True),
-        dict(betas=(0.7, -0.4, 0.0)),
+        dict(controller="pid"),
     ],
     ids=lambda options: " ".join(options),
 )  # fmt: skip
 def test_options_of_step_size_control(program, options):
-    assert_same(*both(program("dopri5", F64, 4), "timed", *start(3), T, options=options))
+    assert_same(*both(program("dopri5", F64, 4), "vdp", *start(3), T, options=options))
 
 
 def test_the_field_is_taken_from_both_sides_of_a_jump(program):
@@ -270,6 +270,13 @@ def test_the_field_is_taken_from_both_sides_of_a_jump(program):
     )
     assert_same(ours, theirs)
     assert 0.5 in ours.accepted_times
+
+
+@pytest.mark.parametrize("options", [{}, dict(batched=True)], ids=["one clock", "own clocks"])
+def test_a_jump_at_the_last_time_is_not_met(program, options):
+    ours, theirs = both(program("dopri5", F64, 4), "jumping", *start(3), T[:2], options=options)
+    assert_same(ours, theirs)
+    assert torch.as_tensor(ours.rejected).max() == 0
 
 
 def test_tolerances_of_every_element(program):
@@ -312,6 +319,17 @@ def test_failures_end_a_solve_where_the_reference_engine_does(program, kind, mor
     failed = torch.as_tensor(ours.status) != Status.SUCCESS
     assert failed.any() and ours.y_end.isfinite().all()
     assert torch.as_tensor(ours.t)[failed].max() < 2
+
+
+@pytest.mark.parametrize("options", [{}, dict(batched=True)], ids=["one clock", "own clocks"])
+def test_steps_are_counted_from_one_output_to_the_next(program, options):
+    y0, mu = start(3)
+    ours, theirs = both(
+        program("dopri5", F64, 4), "vdp", y0, mu, T, options=options | dict(max_num_steps=25, max_step=0.05)
+    )
+    assert_same(ours, theirs)
+    assert torch.as_tensor(ours.status).max() == Status.SUCCESS
+    assert torch.as_tensor(ours.accepted).min() > 25
 
 
 def test_a_field_that_starts_with_nan(program):
@@ -367,7 +385,7 @@ def test_samples_have_times_of_their_own(program, method):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [dict(first_step=0.3), dict(min_step=0.3), dict(max_step=0.04), dict(betas=(0.7, -0.4, 0.0))], ids=lambda options: " ".join(options))  # fmt: skip
+@pytest.mark.parametrize("options", [dict(first_step=0.3), dict(min_step=0.3), dict(max_step=0.04), dict(controller="pid", first_step=1.5)], ids=lambda options: " ".join(options))  # fmt: skip
 def test_options_of_samples(program, options):
     ours, theirs = both(program("dopri5", F64, 4), "vdp", *start(5), T, options=dict(batched=True) | options)
     assert_same(ours, theirs)

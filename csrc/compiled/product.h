@@ -1,7 +1,7 @@
 // Products of a matrix that all samples share with the vectors of L samples at once.
 //
-// Sums stay in registers: a block of rows at a time, as many as the machine has room for, each number
-// of the matrix broadcast to all lanes. The order of every sum is fixed by its shape alone.
+// Sums stay in registers: a block of rows at a time, as many as the machine has room for, each
+// number of the matrix broadcast to all lanes. The order of every sum is fixed by its shape alone.
 #pragma once
 
 #include "lanes.h"
@@ -13,8 +13,8 @@ namespace flashode {
 // Sums stay in registers only if no loop over them is left when the compiler looks at their arrays.
 #define FLASHODE_UNROLL _Pragma("GCC unroll 32")
 
-// How M rows are done: `rows` at a time, the last few apart. `chains` sums side by side for each number
-// hide the latency of their additions.
+// How M rows are done: `rows` at a time, the last few apart. `chains` sums side by side for each
+// number hide the latency of their additions.
 template <int M, class V>
 struct Blocking {
   static constexpr int registers = machine_bytes == 64 ? 32 : 16;
@@ -117,7 +117,8 @@ FLASHODE_HD void transpose(const V* x, int count, Row* rows) {
       transpose_steps<1>(square);
       FLASHODE_UNROLL
       for (int c = 0; c < W; ++c) {
-        memcpy(reinterpret_cast<real_of<V>*>(rows + i * W + c) + j * W, square + c, sizeof square[c]);
+        memcpy(reinterpret_cast<real_of<V>*>(rows + i * W + c) + j * W, square + c,
+               sizeof square[c]);
       }
     }
   }
@@ -131,8 +132,8 @@ constexpr int outer_width(int K) {
   return wide;
 }
 template <int M, int K, class T, int L>
-FLASHODE_HD void outer_along(const Vector<T, L>* g, const Vector<T, L>* x, T* sums, int64_t row_stride,
-                             int64_t column_stride) {
+FLASHODE_HD void outer_along(const Vector<T, L>* g, const Vector<T, L>* x, T* sums,
+                             int64_t row_stride, int64_t column_stride) {
   constexpr int wide = outer_width<Vector<T, L>>(K);
   using Row = Vector<T, wide>;
   for (int k = 0; k < K; k += wide) {
@@ -181,7 +182,8 @@ FLASHODE_HD T product_along(const T* w, int64_t column_stride, const T* x) {
   return sum;
 }
 template <int M, int K, class T>
-FLASHODE_HD void product_of_one(const T* w, int64_t row_stride, int64_t column_stride, const T* x, T* out) {
+FLASHODE_HD void product_of_one(const T* w, int64_t row_stride, int64_t column_stride, const T* x,
+                                T* out) {
   if (row_stride == 1) {
     product_down<M, K, 8 * machine_bytes / sizeof(T)>(w, column_stride, x, out);
   } else {
@@ -222,14 +224,15 @@ FLASHODE_HD void outer_each(const V* g, const V* x, real_of<V>* sums, int64_t ro
   }
 }
 
-// sums[m * row_stride + k * column_stride] += sum over the lanes of g[m] * x[k]. Fast where one of the
-// strides is 1.
+// sums[m * row_stride + k * column_stride] += sum over the lanes of g[m] * x[k]. Fast where one of
+// the strides is 1.
 template <int M, int K, class V>
 FLASHODE_HD void outer(const V* g, const V* x, real_of<V>* sums, int64_t row_stride,
                        int64_t column_stride) {
 #ifndef __CUDACC__
   if constexpr (lanes_of<V> > 1) {
-    const bool rows = M >= V::width && row_stride == 1, columns = K >= V::width && column_stride == 1;
+    const bool rows = M >= V::width && row_stride == 1,
+               columns = K >= V::width && column_stride == 1;
     if (columns || (!rows && K >= M)) {
       outer_along<M, K>(g, x, sums, row_stride, column_stride);
     } else {
@@ -245,8 +248,8 @@ FLASHODE_HD void outer(const V* g, const V* x, real_of<V>* sums, int64_t row_str
   }
 }
 
-// The same for a matrix so small that the sums of each lane may be kept apart until the end of a solve:
-// sums[m * K + k] += g[m] * x[k]. It is the faster one while they fit the innermost cache.
+// The same for a matrix so small that the sums of each lane may be kept apart until the end of a
+// solve: sums[m * K + k] += g[m] * x[k]. It is the faster one while they fit the innermost cache.
 template <int M, int K, class V>
 FLASHODE_HD void outer_lanes(const V* g, const V* x, V* sums) {
   for (int m = 0; m < M; ++m) {

@@ -112,8 +112,12 @@ FLASHODE_HD A add_term(A total, A coef, A k) {
   return total + coef * k;
 }
 
+// What a comparison gives: bool, or as many answers as A has numbers.
 template <class A>
-FLASHODE_HD A select(bool mask, const A& a, const A& b) {
+using Mask = decltype(A() < A());
+
+template <class A, class B>
+FLASHODE_HD auto select(bool mask, const A& a, const B& b) -> decltype(true ? A() : B()) {
   return mask ? a : b;
 }
 
