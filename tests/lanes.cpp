@@ -18,11 +18,16 @@ void run(const Real* x, const Real* y, Real* out, int64_t n, F function) {
 template <class F>
 void run(int lanes, const Real* x, const Real* y, Real* out, int64_t n, F function) {
   switch (lanes) {
-    case 1: return run<1>(x, y, out, n, function);
-    case 4: return run<4>(x, y, out, n, function);
-    case 8: return run<8>(x, y, out, n, function);
-    case 16: return run<16>(x, y, out, n, function);
-    default: return run<32>(x, y, out, n, function);
+    case 1:
+      return run<1>(x, y, out, n, function);
+    case 4:
+      return run<4>(x, y, out, n, function);
+    case 8:
+      return run<8>(x, y, out, n, function);
+    case 16:
+      return run<16>(x, y, out, n, function);
+    default:
+      return run<32>(x, y, out, n, function);
   }
 }
 
@@ -35,10 +40,10 @@ void run(int lanes, const Real* x, const Real* y, Real* out, int64_t n, F functi
     });                                                                                  \
   }
 #define UNARY(name) EACH(of_##name, name(a))
-#define LANE_BY_LANE(name)                                                                          \
-  extern "C" void of_##name(int lanes, const Real* x, const Real* y, Real* out, int64_t n) {        \
-    auto function = [](const auto& a, const auto&) { return name(a); };                             \
-    lanes == 1 ? run<1>(x, y, out, n, function) : run<16>(x, y, out, n, function);                  \
+#define LANE_BY_LANE(name)                                                                   \
+  extern "C" void of_##name(int lanes, const Real* x, const Real* y, Real* out, int64_t n) { \
+    auto function = [](const auto& a, const auto&) { return name(a); };                      \
+    lanes == 1 ? run<1>(x, y, out, n, function) : run<16>(x, y, out, n, function);           \
   }
 #define TRUTH(entry, mask) EACH(of_##entry, select(mask, splat<V>(1), zero<V>()))
 UNARY(exp)
@@ -91,24 +96,24 @@ EACH(of_mask_of_doubles,
 
 // x[k] and g[m] hold `lanes` samples side by side.
 template <int M, int K, int L>
-void multiply(const Real* w, const int64_t* strides, const Real* x, const Real* g, Real* out, Real* sums,
-              Real* each) {
+void multiply(const Real* w, const int64_t* strides, const Real* x, const Real* g, Real* out,
+              Real* sums, Real* each) {
   using V = Lanes<Real, L>;
   const V *vx = reinterpret_cast<const V*>(x), *vg = reinterpret_cast<const V*>(g);
   product<M, K>(w, strides[0], strides[1], vx, reinterpret_cast<V*>(out));
   outer<M, K>(vg, vx, sums, strides[0], strides[1]);
   outer_lanes<M, K>(vg, vx, reinterpret_cast<V*>(each));
 }
-#define SHAPE(M, K)                                                                                    \
-  extern "C" void multiply_##M##_##K(int lanes, const Real* w, const int64_t* strides, const Real* x,  \
-                                     const Real* g, Real* out, Real* sums, Real* each) {               \
-    if (lanes == 1) return multiply<M, K, 1>(w, strides, x, g, out, sums, each);                       \
-    if (lanes == 4) return multiply<M, K, 4>(w, strides, x, g, out, sums, each);                       \
-    multiply<M, K, 48>(w, strides, x, g, out, sums, each);                                             \
+#define SHAPE(M, K)                                                                       \
+  extern "C" void multiply_##M##_##K(int lanes, const Real* w, const int64_t* strides,    \
+                                     const Real* x, const Real* g, Real* out, Real* sums, \
+                                     Real* each) {                                        \
+    if (lanes == 1) return multiply<M, K, 1>(w, strides, x, g, out, sums, each);          \
+    if (lanes == 4) return multiply<M, K, 4>(w, strides, x, g, out, sums, each);          \
+    multiply<M, K, 48>(w, strides, x, g, out, sums, each);                                \
   }
 SHAPE(2, 50)
 SHAPE(50, 2)
-SHAPE(4, 32)
 SHAPE(33, 37)
 
 // Control of clocks of their own: x are error ratios, y sizes of steps; out are sizes of the next.
@@ -117,8 +122,8 @@ struct Given {
   double safety, ifactor, dfactor, min_step, max_step, betas[3], past[2];
 };
 template <int L>
-void control(const Given& given, const double* ratio, const double* dt, double* next, double* accepted,
-             double* past, int64_t n) {
+void control(const Given& given, const double* ratio, const double* dt, double* next,
+             double* accepted, double* past, int64_t n) {
   using V = Lanes<double, L>;
   for (int64_t i = 0; i < n; i += L) {
     ControllerOf<V> control;
@@ -142,7 +147,8 @@ extern "C" void control_of(int lanes, const Given* given, const double* ratio, c
 }
 
 template <int L>
-void first(const double* d0, const double* d1, const double* d2, double* guess, double* step, int64_t n) {
+void first(const double* d0, const double* d1, const double* d2, double* guess, double* step,
+           int64_t n) {
   using V = Lanes<double, L>;
   for (int64_t i = 0; i < n; i += L) {
     const V a = load_unaligned<V>(d0 + i), b = load_unaligned<V>(d1 + i), h0 = first_guess(a, b);
@@ -150,8 +156,8 @@ void first(const double* d0, const double* d1, const double* d2, double* guess, 
     store(step + i, initial_step(h0, b, load_unaligned<V>(d2 + i), 5));
   }
 }
-extern "C" void first_of(int lanes, const double* d0, const double* d1, const double* d2, double* guess,
-                         double* step, int64_t n) {
+extern "C" void first_of(int lanes, const double* d0, const double* d1, const double* d2,
+                         double* guess, double* step, int64_t n) {
   return lanes == 1 ? first<1>(d0, d1, d2, guess, step, n) : first<8>(d0, d1, d2, guess, step, n);
 }
 

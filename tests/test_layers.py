@@ -123,9 +123,9 @@ def test_bindings_avoid_the_headers_that_make_builds_slow_or_fail(path):
 
 
 def test_coefficients_stand_in_one_place():
-    """No other source has a fraction of a tableau, or a number with many digits."""
+    """No other source has a fraction of a tableau, or a number with many digits but the fits of series.h."""
     for path in sources("python/flashode/**/*.py", "csrc/**/*"):
-        if path.parent.name == "methods" or path.is_dir():
+        if path.parent.name == "methods" or path.is_dir() or path.name == "series.h":
             continue
         found = re.findall(r"\b\d{2,}\s*/\s*\d{2,}\b|\b\d\.\d{7,}", path.read_text())
         assert not found, f"{path.name}: {found}"

@@ -1,10 +1,10 @@
 // Lanes<T, L>: L numbers worked on together, one of each of L samples. Lanes<T, 1> is T itself, so
 // that a program for one system, or for one thread of a GPU, is the same source.
 //
-// Numbers lie in vectors as wide as the machine's, and loops over them unroll: what the compiler sees
-// is straight code on registers. To take the roots and roundings of all lanes in one instruction it
-// wants -fno-math-errno and -fno-trapping-math, which change no result. Programs are written inside the
-// namespace, where these names hide the C library's.
+// Numbers lie in vectors as wide as the machine's, and loops over them unroll: what the compiler
+// sees is straight code on registers. To take the roots and roundings of all lanes in one
+// instruction it wants -fno-math-errno and -fno-trapping-math, which change no result. Programs are
+// written inside the namespace, where these names hide the C library's.
 #pragma once
 
 #include <cstdint>
@@ -26,13 +26,10 @@ using Same = typename Itself<T>::type;  // of a parameter that is converted, and
 template <class V>
 struct LaneTraits {
   using Real = V;
-  using Mask = bool;
   static constexpr int count = 1;
 };
 template <class V>
 using real_of = typename LaneTraits<V>::Real;
-template <class V>
-using Mask = typename LaneTraits<V>::Mask;  // what comparisons give
 template <class V>
 constexpr int lanes_of = LaneTraits<V>::count;
 
@@ -122,7 +119,6 @@ using integer_of = typename IntegerOf<sizeof(T)>::type;
 template <class T, int L>
 struct LaneTraits<Vector<T, L>> {
   using Real = T;
-  using Mask = Vector<integer_of<T>, L>;
   static constexpr int count = L;
 };
 
@@ -159,24 +155,24 @@ FLASHODE_HD void set_lane(Vector<T, L>& v, int l, Same<T> x) {
   v.part[l / v.width][l % v.width] = x;
 }
 
-#define FLASHODE_OPERATOR(op)                                                       \
-  template <class T, int L>                                                         \
+#define FLASHODE_OPERATOR(op)                                                          \
+  template <class T, int L>                                                            \
   FLASHODE_HD Vector<T, L> operator op(const Vector<T, L>& a, const Vector<T, L>& b) { \
-    Vector<T, L> out;                                                               \
-    for (int i = 0; i < out.parts; ++i) out.part[i] = a.part[i] op b.part[i];       \
-    return out;                                                                     \
-  }                                                                                 \
-  template <class T, int L>                                                         \
-  FLASHODE_HD Vector<T, L> operator op(const Vector<T, L>& a, Same<T> b) {          \
-    return a op splat<Vector<T, L>>(b);                                             \
-  }                                                                                 \
-  template <class T, int L>                                                         \
-  FLASHODE_HD Vector<T, L> operator op(Same<T> a, const Vector<T, L>& b) {          \
-    return splat<Vector<T, L>>(a) op b;                                             \
-  }                                                                                 \
-  template <class T, int L, class B>                                                \
-  FLASHODE_HD Vector<T, L>& operator op##=(Vector<T, L>& a, const B& b) {           \
-    return a = a op b;                                                              \
+    Vector<T, L> out;                                                                  \
+    for (int i = 0; i < out.parts; ++i) out.part[i] = a.part[i] op b.part[i];          \
+    return out;                                                                        \
+  }                                                                                    \
+  template <class T, int L>                                                            \
+  FLASHODE_HD Vector<T, L> operator op(const Vector<T, L>& a, Same<T> b) {             \
+    return a op splat<Vector<T, L>>(b);                                                \
+  }                                                                                    \
+  template <class T, int L>                                                            \
+  FLASHODE_HD Vector<T, L> operator op(Same<T> a, const Vector<T, L>& b) {             \
+    return splat<Vector<T, L>>(a) op b;                                                \
+  }                                                                                    \
+  template <class T, int L, class B>                                                   \
+  FLASHODE_HD Vector<T, L>& operator op## = (Vector<T, L> & a, const B& b) {           \
+    return a = a op b;                                                                 \
   }
 FLASHODE_OPERATOR(+)
 FLASHODE_OPERATOR(-)
@@ -187,22 +183,21 @@ FLASHODE_OPERATOR(|)
 FLASHODE_OPERATOR(^)
 #undef FLASHODE_OPERATOR
 
-#define FLASHODE_COMPARISON(op)                                                     \
-  template <class T, int L>                                                         \
-  FLASHODE_HD Vector<integer_of<T>, L> operator op(const Vector<T, L>& a,           \
-                                                   const Vector<T, L>& b) {         \
-    using Out = Vector<integer_of<T>, L>;                                           \
-    Out out;                                                                        \
-    for (int i = 0; i < out.parts; ++i) out.part[i] = typename Out::Part(a.part[i] op b.part[i]); \
-    return out;                                                                     \
-  }                                                                                 \
-  template <class T, int L>                                                         \
-  FLASHODE_HD Vector<integer_of<T>, L> operator op(const Vector<T, L>& a, Same<T> b) { \
-    return a op splat<Vector<T, L>>(b);                                             \
-  }                                                                                 \
-  template <class T, int L>                                                         \
-  FLASHODE_HD Vector<integer_of<T>, L> operator op(Same<T> a, const Vector<T, L>& b) { \
-    return splat<Vector<T, L>>(a) op b;                                             \
+#define FLASHODE_COMPARISON(op)                                                                    \
+  template <class T, int L>                                                                        \
+  FLASHODE_HD Vector<integer_of<T>, L> operator op(const Vector<T, L>& a, const Vector<T, L>& b) { \
+    using Out = Vector<integer_of<T>, L>;                                                          \
+    Out out;                                                                                       \
+    for (int i = 0; i < out.parts; ++i) out.part[i] = typename Out::Part(a.part[i] op b.part[i]);  \
+    return out;                                                                                    \
+  }                                                                                                \
+  template <class T, int L>                                                                        \
+  FLASHODE_HD Vector<integer_of<T>, L> operator op(const Vector<T, L>& a, Same<T> b) {             \
+    return a op splat<Vector<T, L>>(b);                                                            \
+  }                                                                                                \
+  template <class T, int L>                                                                        \
+  FLASHODE_HD Vector<integer_of<T>, L> operator op(Same<T> a, const Vector<T, L>& b) {             \
+    return splat<Vector<T, L>>(a) op b;                                                            \
   }
 FLASHODE_COMPARISON(<)
 FLASHODE_COMPARISON(<=)
@@ -322,10 +317,10 @@ FLASHODE_HD Mask<V> mask_of(const Vector<T, L>& mask) {
   return convert<Mask<V>>(mask);
 }
 
-#define FLASHODE_LANEWISE(name)                                                  \
-  template <class T, int L>                                                      \
-  FLASHODE_HD Vector<T, L> name(const Vector<T, L>& v) {                         \
-    return each_lane<Vector<T, L>>(v, [](T x) { return name(x); });              \
+#define FLASHODE_LANEWISE(name)                                     \
+  template <class T, int L>                                         \
+  FLASHODE_HD Vector<T, L> name(const Vector<T, L>& v) {            \
+    return each_lane<Vector<T, L>>(v, [](T x) { return name(x); }); \
   }
 FLASHODE_LANEWISE(floor)
 FLASHODE_LANEWISE(ceil)
@@ -342,7 +337,8 @@ FLASHODE_HD Vector<T, L> magnitude(const Vector<T, L>& v) {
 // Times as the field sees them, in the type of the state T (clock.h).
 template <class T, int L>
 FLASHODE_HD Vector<double, L> round_time(const Vector<double, L>& v, int nudge) {
-  return each_lane<Vector<double, L>>(convert<Lanes<T, L>>(v), [=](T x) { return nudged(x, nudge); });
+  return each_lane<Vector<double, L>>(convert<Lanes<T, L>>(v),
+                                      [=](T x) { return nudged(x, nudge); });
 }
 
 #else

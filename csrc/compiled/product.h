@@ -1,7 +1,7 @@
 // Products of a matrix that all samples share with the vectors of L samples at once.
 //
-// Sums stay in registers: a block of rows at a time, as many as the machine has room for, each number
-// of the matrix broadcast to all lanes. The order of every sum is fixed by its shape alone.
+// Sums stay in registers: a block of rows at a time, as many as the machine has room for, each
+// number of the matrix broadcast to all lanes. The order of every sum is fixed by its shape alone.
 #pragma once
 
 #include "lanes.h"
@@ -13,20 +13,15 @@ namespace flashode {
 // Sums stay in registers only if no loop over them is left when the compiler looks at their arrays.
 #define FLASHODE_UNROLL _Pragma("GCC unroll 32")
 
-template <class V>
-constexpr int parts_of = 1;
-template <class T, int L>
-constexpr int parts_of<Vector<T, L>> = Vector<T, L>::parts;
-
-// How M rows are done: `rows` at a time, the last few apart. `chains` sums side by side for each number
-// hide the latency of their additions.
+// How M rows are done: `rows` at a time, the last few apart. `chains` sums side by side for each
+// number hide the latency of their additions.
 template <int M, class V>
 struct Blocking {
   static constexpr int registers = machine_bytes == 64 ? 32 : 16;
-  static constexpr int room = registers * 3 / 4 / parts_of<V>, most = room > 1 ? room : 1;
+  static constexpr int room = registers * 3 / 4 / V::parts, most = room > 1 ? room : 1;
   static constexpr int blocks = (M + most - 1) / most;
   static constexpr int rows = (M + blocks - 1) / blocks, last = M - (blocks - 1) * rows;
-  static constexpr int busy = rows * parts_of<V>, chains = busy < 8 ? (8 + busy - 1) / busy : 1;
+  static constexpr int busy = rows * V::parts, chains = busy < 8 ? (8 + busy - 1) / busy : 1;
 };
 
 // sum[r] = sum_k w[r * row_stride + k * column_stride] * x[k], of a few rows.
@@ -122,7 +117,8 @@ FLASHODE_HD void transpose(const V* x, int count, Row* rows) {
       transpose_steps<1>(square);
       FLASHODE_UNROLL
       for (int c = 0; c < W; ++c) {
-        memcpy(reinterpret_cast<real_of<V>*>(rows + i * W + c) + j * W, square + c, sizeof square[c]);
+        memcpy(reinterpret_cast<real_of<V>*>(rows + i * W + c) + j * W, square + c,
+               sizeof square[c]);
       }
     }
   }
@@ -136,8 +132,8 @@ constexpr int outer_width(int K) {
   return wide;
 }
 template <int M, int K, class T, int L>
-FLASHODE_HD void outer_along(const Vector<T, L>* g, const Vector<T, L>* x, T* sums, int64_t row_stride,
-                             int64_t column_stride) {
+FLASHODE_HD void outer_along(const Vector<T, L>* g, const Vector<T, L>* x, T* sums,
+                             int64_t row_stride, int64_t column_stride) {
   constexpr int wide = outer_width<Vector<T, L>>(K);
   using Row = Vector<T, wide>;
   for (int k = 0; k < K; k += wide) {
@@ -156,6 +152,45 @@ FLASHODE_HD void outer_along(const Vector<T, L>* g, const Vector<T, L>* x, T* su
   }
 }
 
+// Of one system, with vectors that run along the sides of the matrix: down its columns, ...
+template <int M, int K, int rows, class T>
+FLASHODE_HD void product_down(const T* w, int64_t column_stride, const T* x, T* out) {
+  constexpr int whole = M / rows * rows;
+  for (int m = 0; m < whole; m += rows) {
+    auto sum = zero<Lanes<T, rows>>();
+    for (int k = 0; k < K; ++k) {
+      sum = sum + load_unaligned<Lanes<T, rows>>(w + m + k * column_stride) * x[k];
+    }
+    store(out + m, sum);
+  }
+  if constexpr (whole < M) {
+    product_down<M - whole, K, rows / 2>(w + whole, column_stride, x, out + whole);
+  }
+}
+// ... or along a row, which need not be a contiguous one.
+template <int K, class T>
+FLASHODE_HD T product_along(const T* w, int64_t column_stride, const T* x) {
+  constexpr int width = machine_bytes / sizeof(T);
+  using V = Vector<T, width>;
+  const int whole = column_stride == 1 ? K / width * width : 0;
+  V sums = zero<V>();
+  for (int k = 0; k < whole; k += width) {
+    sums = sums + load_unaligned<V>(w + k) * load_unaligned<V>(x + k);
+  }
+  T sum = sum_of_lanes(sums);
+  for (int k = whole; k < K; ++k) sum = sum + w[k * column_stride] * x[k];
+  return sum;
+}
+template <int M, int K, class T>
+FLASHODE_HD void product_of_one(const T* w, int64_t row_stride, int64_t column_stride, const T* x,
+                                T* out) {
+  if (row_stride == 1) {
+    product_down<M, K, 8 * machine_bytes / sizeof(T)>(w, column_stride, x, out);
+  } else {
+    for (int m = 0; m < M; ++m) out[m] = product_along<K>(w + m * row_stride, column_stride, x);
+  }
+}
+
 #endif  // __CUDACC__
 
 // out[m] = sum_k w[m * row_stride + k * column_stride] * x[k], of M and K.
@@ -163,7 +198,11 @@ template <int M, int K, class V>
 FLASHODE_HD void product(const real_of<V>* w, int64_t row_stride, int64_t column_stride, const V* x,
                          V* out) {
 #ifndef __CUDACC__
-  product_rows<M, K>(w, row_stride, column_stride, x, [=](int m, const V& sum) { out[m] = sum; });
+  if constexpr (lanes_of<V> == 1) {
+    product_of_one<M, K>(w, row_stride, column_stride, x, out);
+  } else {
+    product_rows<M, K>(w, row_stride, column_stride, x, [=](int m, const V& sum) { out[m] = sum; });
+  }
 #else
   for (int m = 0; m < M; ++m) {
     V sum = zero<V>();
@@ -173,14 +212,27 @@ FLASHODE_HD void product(const real_of<V>* w, int64_t row_stride, int64_t column
 #endif
 }
 
-// sums[m * row_stride + k * column_stride] += sum over the lanes of g[m] * x[k]. Fast where one of the
-// strides is 1.
+// As `outer`, one number after the other.
+template <int M, int K, class V>
+FLASHODE_HD void outer_each(const V* g, const V* x, real_of<V>* sums, int64_t row_stride,
+                            int64_t column_stride) {
+  for (int m = 0; m < M; ++m) {
+    for (int k = 0; k < K; ++k) {
+      real_of<V>& sum = sums[m * row_stride + k * column_stride];
+      sum = sum + sum_of_lanes(g[m] * x[k]);
+    }
+  }
+}
+
+// sums[m * row_stride + k * column_stride] += sum over the lanes of g[m] * x[k]. Fast where one of
+// the strides is 1.
 template <int M, int K, class V>
 FLASHODE_HD void outer(const V* g, const V* x, real_of<V>* sums, int64_t row_stride,
                        int64_t column_stride) {
 #ifndef __CUDACC__
   if constexpr (lanes_of<V> > 1) {
-    const bool rows = M >= V::width && row_stride == 1, columns = K >= V::width && column_stride == 1;
+    const bool rows = M >= V::width && row_stride == 1,
+               columns = K >= V::width && column_stride == 1;
     if (columns || (!rows && K >= M)) {
       outer_along<M, K>(g, x, sums, row_stride, column_stride);
     } else {
@@ -189,15 +241,15 @@ FLASHODE_HD void outer(const V* g, const V* x, real_of<V>* sums, int64_t row_str
     return;
   }
 #endif
-  for (int m = 0; m < M; ++m) {
-    for (int k = 0; k < K; ++k) {
-      sums[m * row_stride + k * column_stride] += sum_of_lanes(g[m] * x[k]);
-    }
+  if (row_stride == 1) {
+    outer_each<K, M>(x, g, sums, column_stride, row_stride);
+  } else {
+    outer_each<M, K>(g, x, sums, row_stride, column_stride);
   }
 }
 
-// The same for a matrix so small that the sums of each lane may be kept apart until the end of a solve:
-// sums[m * K + k] += g[m] * x[k]. It is the faster one while they fit the innermost cache.
+// The same for a matrix so small that the sums of each lane may be kept apart until the end of a
+// solve: sums[m * K + k] += g[m] * x[k]. It is the faster one while they fit the innermost cache.
 template <int M, int K, class V>
 FLASHODE_HD void outer_lanes(const V* g, const V* x, V* sums) {
   for (int m = 0; m < M; ++m) {

@@ -25,12 +25,12 @@ template <class R>
 struct DecisionOf {
   R error_ratio;
   R next_dt;
-  decltype(R() < R()) accepted;
+  Mask<R> accepted;
 };
 using Decision = DecisionOf<double>;
 
 template <class R>
-FLASHODE_HD auto is_finite(const R& x) {
+FLASHODE_HD Mask<R> is_finite(const R& x) {
   return x - x == 0;
 }
 
@@ -65,7 +65,7 @@ FLASHODE_HD R clamp_step(const R& dt, const ControllerOf<R>& control) {
 }
 
 template <class R>
-FLASHODE_HD decltype(R() < R()) accept(const R& error_ratio, const R& dt, const ControllerOf<R>& control) {
+FLASHODE_HD Mask<R> accept(const R& error_ratio, const R& dt, const ControllerOf<R>& control) {
   return is_finite(error_ratio) & ((error_ratio <= 1) | (dt <= control.min_step));
 }
 
@@ -88,8 +88,8 @@ FLASHODE_HD R next_step(const R& error_ratio, const R& dt, const ControllerOf<R>
   return clamp_step(dt * factor, control);
 }
 
-// The history after an accepted step. Ratios that ask for more than ifactor count as one that asks for
-// it: a step that was shortened to land on a time has next to no error, and says nothing.
+// The history after an accepted step. Ratios that ask for more than ifactor count as one that asks
+// for it: a step that was shortened to land on a time has next to no error, and says nothing.
 template <class R>
 FLASHODE_HD void remember(const R& error_ratio, ControllerOf<R>& control) {
   const double least = pow(control.safety / control.ifactor, control.order);
@@ -98,7 +98,8 @@ FLASHODE_HD void remember(const R& error_ratio, ControllerOf<R>& control) {
 }
 
 template <class R>
-FLASHODE_HD DecisionOf<R> decide(const R& error_ratio, const R& dt, const ControllerOf<R>& control) {
+FLASHODE_HD DecisionOf<R> decide(const R& error_ratio, const R& dt,
+                                 const ControllerOf<R>& control) {
   return {error_ratio, next_step(error_ratio, dt, control), accept(error_ratio, dt, control)};
 }
 

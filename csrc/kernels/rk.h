@@ -110,6 +110,10 @@ FLASHODE_HD A add_term(A total, A coef, A k) {
   return total + coef * k;
 }
 
+// What a comparison gives: bool, or as many answers as A has numbers.
+template <class A>
+using Mask = decltype(A() < A());
+
 template <class A>
 FLASHODE_HD A select(bool mask, const A& a, const A& b) {
   return mask ? a : b;
