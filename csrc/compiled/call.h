@@ -57,7 +57,7 @@ struct Call {
   const double* accepted_times;     // the ends of the accepted steps; of one clock only
   void* recording;                  // to be released by flashode_release, which frees accepted_times too
 
-  // Of the backward pass, and of single evaluations.
+  // Of the backward pass, and of single evaluations. Those of the inputs and of times are added to.
   const void* grad_ys;              // rows like ys
   void* adj_y0;
   void* const* grad_inputs;         // like `inputs`, null where no gradient is wanted

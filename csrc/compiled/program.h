@@ -3,4 +3,8 @@
 
 #include "evaluate.h"
 #include "own_clocks.h"
+#include "product.h"
+#include "pull_back.h"
+#include "reverse.h"
+#include "reverse_batch.h"
 #include "solve.h"
