@@ -64,6 +64,11 @@ struct Call {
   void* const* grad_own;            // like `own`
   double* grad_t;                   // like `times`; null where no gradient is wanted
   double* grad_grid;                // like `grid`, or null
+
+  // Of a sweep, the continuous adjoint: `times` run back, `ys` and `grad_ys` lie as the solve left them.
+  const int64_t* input_sizes;       // numbers of each of the inputs
+  int64_t input_count;
+  int64_t seminorm;                 // whether integrals are no part of the error
 };
 
 }  // namespace flashode
