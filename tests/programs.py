@@ -163,6 +163,8 @@ class Solved:
         call.stops = self.doubles([s for s, _ in back.stops])
         call.stop_jumps = self.of(torch.tensor([jump for _, jump in back.stops], dtype=torch.uint8))
         call.first_step, call.seminorm = first_step, seminorm
+        if back.grid is not None:
+            call.grid, call.grid_points = self.of(back.grid.contiguous()), len(back.grid)
         call.input_sizes, call.input_count = self.numbers([x.numel() for x in self.inputs]), len(self.inputs)
         return self
 

@@ -65,6 +65,7 @@ def test_steps_are_those_of_the_reference(sweeps, method, seminorm):
         )
         assert (solved.accepted[0], solved.rejected[0]) == (sweeps[-1].accepted, sweeps[-1].rejected)
         assert_equal(found, expected, 1e-9)
+        assert solved.call.drift == pytest.approx(sweeps[-1].drift, rel=1e-3)
 
 
 @pytest.mark.parametrize("direction", [1, -1], ids=["forward", "backward"])
@@ -83,3 +84,30 @@ def test_the_first_step_may_be_chosen():
 def test_threads_change_no_bit():
     one, more = (both("linear", times(), of_all, samples=203, lanes=8, threads=n)[1] for n in (1, 3))
     assert all(torch.equal(a, b) for a, b in zip(one, more))
+
+
+@pytest.mark.parametrize("perturb", [False, True])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+def test_fixed_steps(method, perturb):
+    t = torch.tensor([0.25, 0.4, 0.5, 0.7, 1.0], dtype=F64)
+    _, found, expected = both(
+        "driven", t, of_all, method=method, options={"perturb": perturb}, first_step=0.0
+    )
+    assert_equal(found, expected)
+
+
+def test_the_integral_of_the_time():
+    text, make, y0, shared, _ = problem("driven", 3)
+    # Before the jump: where the field jumps, to move it is not to move the times.
+    t, func, call = times() / 4, make(y0, *shared), {"rtol": 1e-9, "atol": 1e-11}
+    solved = Program(text.replace("REAL", "double").replace("LANES", "4"), backward="sweep").solve(
+        func, y0, t, inputs=shared, **call
+    )
+    weights = of_all(solved.ys)
+    back = Problem.from_call(func, y0, t.flip(0), 1e-9, 1e-11, "dopri5", {}, None)
+    grad_t = solved.turn(back, math.nan, False).gradients(weights)[1]
+    leaf = t.clone().requires_grad_()
+    ys = flashode.odeint(func, y0, leaf, engine="reference", **call)
+    (expected,) = torch.autograd.grad((ys * weights).sum(), leaf)
+    # Moving all times is moving the field.
+    assert grad_t[0] == pytest.approx(expected.sum().item(), rel=1e-6)

@@ -69,6 +69,7 @@ struct Call {
   const int64_t* input_sizes;       // numbers of each of the inputs
   int64_t input_count;
   int64_t seminorm;                 // whether integrals are no part of the error
+  double drift, drift_t;            // most that the rebuilt state has parted from the stored one, and when
 };
 
 }  // namespace flashode

@@ -9,100 +9,9 @@
 
 #include <cfloat>
 
-#include "backward.h"
+#include "sweep_tile.h"
 
 namespace flashode {
-
-// What a tile has, and what it shares with those that come after it in its chunk.
-template <class Field, class Method>
-struct SweepTile {
-  using Real = typename Field::Real;
-  using V = StateOf<Field>;
-  static constexpr int64_t width = Field::width;
-  static constexpr int stages = Method::stages;
-  static constexpr int64_t size = (6 + 2 * stages) * width + (2 + stages) * Field::own + stages;
-  static constexpr int64_t shared_size = 2 * width + Field::kept + Field::scratch;
-
-  int64_t first;
-  V *y, *adj, *y1, *adj1, *rtol, *atol;
-  V *k, *m;               // slopes of the state and of its adjoint, which runs the other way
-  V *own, *adj_own;       // constants of the samples, and their integrals
-  V *of_own, *of_t;       // what each stage has to add to those, and to the integral of the time
-  V *stage, *adj_stage, *kept, *scratch;
-
-  SweepTile(int64_t tile, V* space, V* shared) : first(tile * Field::lanes) {
-    const auto take = [&](V*& from, int64_t n) { return from += n, from - n; };
-    y = take(space, width), adj = take(space, width), y1 = take(space, width), adj1 = take(space, width);
-    rtol = take(space, width), atol = take(space, width);
-    k = take(space, stages * width), m = take(space, stages * width);
-    own = take(space, Field::own), adj_own = take(space, Field::own);
-    of_own = take(space, stages * Field::own), of_t = take(space, stages);
-    stage = take(shared, width), adj_stage = take(shared, width);
-    kept = take(shared, Field::kept), scratch = take(shared, Field::scratch);
-  }
-
-  void load(const Call& call) {
-    const int64_t last = call.outputs - 1;
-    load_state<Field>(call, first, static_cast<const Real*>(call.ys) + last * call.row, y);
-    load_own<Field>(call, first, own);
-    for (int64_t f = 0; f < width; ++f) {
-      rtol[f] = splat<V>(Real(call.rtol)), atol[f] = splat<V>(Real(call.atol));
-    }
-    if (call.each_rtol) load_state<Field>(call, first, call.each_rtol, rtol);
-    if (call.each_atol) load_state<Field>(call, first, call.each_atol, atol);
-    clear(adj, width);
-    clear(adj_own, Field::own);
-    add_cotangents<Field>(call, first, last, adj);
-  }
-
-  // Stage i where the state and its adjoint are these.
-  template <class Time>
-  FLASHODE_HD void evaluate(int i, const Time& t, const V* y_i, const V* adj_i, const Real* prepared,
-                            V* lane_sums, Real* sums) {
-    of_t[i] = zero<V>();
-    clear(of_own + i * Field::own, Field::own);
-    Field::slope_keeping(prepared, own, t, y_i, k + i * width, kept, scratch);
-    Field::pull_back(prepared, own, t, y_i, kept, adj_i, m + i * width, of_t + i, of_own + i * Field::own,
-                     lane_sums + i * Field::lane_sums, sums + i * Field::sums, scratch);
-  }
-
-  template <class Row>
-  FLASHODE_HD void advance(const V& step, V* y_i, V* adj_i) const {
-    for (int64_t f = 0; f < width; ++f) {
-      y_i[f] = add_term(y[f], step, sum_of_terms<Row, width>(k + f));
-      adj_i[f] = add_term(adj[f], -step, sum_of_terms<Row, width>(m + f));
-    }
-  }
-
-  template <int i, class Clock>
-  FLASHODE_HD void take_stages(const Clock& clock, const Real* prepared, V* lane_sums, Real* sums) {
-    if constexpr (i < stages) {
-      constexpr bool is_result = Method::fsal && i == stages - 1;
-      V *const y_i = is_result ? y1 : stage, *const adj_i = is_result ? adj1 : adj_stage;
-      advance<StageRow<Method, i>>(clock.step(), y_i, adj_i);
-      evaluate(i, clock.time(Method::c[i], Method::c[i] == 1 ? -1 : 0), y_i, adj_i, prepared, lane_sums, sums);
-      take_stages<i + 1>(clock, prepared, lane_sums, sums);
-    } else if constexpr (!Method::fsal) {
-      advance<ResultRow<Method>>(clock.step(), y1, adj1);
-    }
-  }
-
-  // Squares of the scaled errors of the state and its adjoint, added to those of each member.
-  template <class OfY, class OfAdj>
-  FLASHODE_HD void add_squares(const Call& call, const OfY& of_y, const OfAdj& of_adj, double* sums) const {
-    const int live = live_lanes<Field>(call, first);
-    for (int64_t member = 0; member < call.member_count; ++member) {
-      for (int64_t f = call.members[member]; f < call.members[member + 1]; ++f) {
-        const V a = scaled_error(of_y(*this, f), y[f], y1[f], rtol[f], atol[f]);
-        const V b = scaled_error(of_adj(*this, f), adj[f], adj1[f], rtol[f], atol[f]);
-        for (int l = 0; l < live; ++l) {
-          sums[2 * member] += double(lane(a, l)) * double(lane(a, l));
-          sums[2 * member + 1] += double(lane(b, l)) * double(lane(b, l));
-        }
-      }
-    }
-  }
-};
 
 template <class Field, class Method>
 class Sweep {
@@ -144,8 +53,13 @@ class Sweep {
     Field::prepare(reinterpret_cast<const Real* const*>(call_.inputs), prepared_.data());
     for_each([&](Part tile, int64_t) { tile.load(call_); });
     for (int64_t i = 0; i < 3 * numbers(); ++i) integrals_.data()[i] = 0;
-    dt_ = call_.outputs > 1 ? first_step() : 0;
-    while (status_ == kRunning && next_ < call_.outputs) step();
+    call_.drift = 0, call_.drift_t = NAN;
+    if constexpr (Method::adaptive) {
+      dt_ = call_.outputs > 1 ? first_step() : 0;
+      while (status_ == kRunning && next_ < call_.outputs) try_step();
+    } else {
+      for (int64_t i = 1; i < call_.grid_points && status_ == kRunning; ++i) fixed_step(call_.grid[i]);
+    }
     if (status_ == kRunning) status_ = kSuccess;
     report();
     return status_;
@@ -250,8 +164,30 @@ class Sweep {
     return false;
   }
 
+  void take_stages() {
+    const int nudge_at_end = Method::adaptive || call_.perturb ? -1 : 0;
+    begin();
+    clear_products(1, stages);
+    for_each([&](Part tile, int64_t c) {
+      tile.template take_stages<1>(clock_, nudge_at_end, prepared_.data(), lane_sums(c), sums(c));
+    });
+  }
+
+  // One step of a prescribed length.
+  void fixed_step(double t1) {
+    clock_.t1 = t1, clock_.dt = dt_ = t1 - clock_.t0;
+    has_slopes_ = false, nudge_ = call_.perturb ? 1 : 0;
+    take_stages();
+    weigh<ResultRow<Method>>(increments());
+    if (!are_finite([](const Part& tile) { return tile.y1; }, [](const Part& tile) { return tile.adj1; })) {
+      return fail(kNonfiniteField);
+    }
+    ratio_ = 0;
+    commit(false);
+  }
+
   // Tries a step, and makes it if it stands.
-  void step() {
+  void try_step() {
     if (trials_++ >= call_.max_num_steps) return fail(kMaxSteps);
     dt_ = clamp_step(dt_, control_);
     bool jumps = false;
@@ -261,11 +197,7 @@ class Sweep {
     if (!(clock_.t1 > clock_.t0) || dt_ < DBL_MIN) return fail(kStepUnderflow);
     if (lands && clock_.t1 - clock_.t0 < dt_) dt_ = clock_.t1 - clock_.t0;
     clock_.dt = dt_;
-    begin();
-    clear_products(1, stages);
-    for_each([&](Part tile, int64_t c) {
-      tile.template take_stages<1>(clock_, prepared_.data(), lane_sums(c), sums(c));
-    });
+    take_stages();
     const V h = clock_.step();
     using Error = ErrorRow<Method>;
     ratio_ = norm([=](const Part& tile, int64_t f) { return h * sum_of_terms<Error, width>(tile.k + f); },
@@ -280,17 +212,26 @@ class Sweep {
     dt_ = decision.next_dt;
     if (!decision.accepted) {
       ++rejected_;
-      if (!is_finite(ratio_) && (at_floor || !is_finite_start())) fail(kNonfiniteField);
+      if (!is_finite(ratio_) && (at_floor || !are_finite([](const Part& tile) { return tile.k; },
+                                                         [](const Part& tile) { return tile.m; }))) {
+        fail(kNonfiniteField);
+      }
       return;
     }
     remember(ratio_, control_);
     commit(lands && jumps);
   }
 
-  bool is_finite_start() const {
-    const double size = norm([](const Part& tile, int64_t f) { return tile.k[f] - tile.k[f] + tile.y[f]; },
-                             [](const Part& tile, int64_t f) { return tile.m[f] - tile.m[f] + tile.adj[f]; });
-    return is_finite(size);
+  // Whether all numbers that lie at of_y(tile) and at of_adj(tile) are.
+  template <class OfY, class OfAdj>
+  bool are_finite(const OfY& of_y, const OfAdj& of_adj) const {
+    for (int64_t i = 0; i < tiles_; ++i) {
+      const Part tile(i, space_.data() + i * Part::size, shared_.data());
+      for (int64_t f = 0; f < width; ++f) {
+        if (!all(is_finite(of_y(tile)[f]) & is_finite(of_adj(tile)[f]))) return false;
+      }
+    }
+    return true;
   }
 
   // ---- the integrals: of the inputs first, laid out one after the other ----------------------------
@@ -384,6 +325,7 @@ class Sweep {
     if (next_ > before) trials_ = 0;
     const Real* const stored = static_cast<const Real*>(call_.ys) + row * call_.row;
     const V h = clock_.step();
+    if (on_output && Method::adaptive) note_drift(stored);
     for_each([&](Part tile, int64_t) {
       for (int64_t r = 0; r < Field::own; ++r) {
         tile.adj_own[r] = tile.adj_own[r] - h * sum_of_terms<ResultRow<Method>, Field::own>(tile.of_own + r);
@@ -403,6 +345,27 @@ class Sweep {
     has_slopes_ = !on_output && !jumps;
     nudge_ = jumps ? 1 : 0;
     ++accepted_;
+  }
+  // How far the rebuilt state has parted from the stored one, in tolerances of a member as a whole.
+  void note_drift(const Real* stored) {
+    for (int64_t member = 0; member < call_.member_count; ++member) {
+      double apart = 0, size = 0;
+      for (int64_t i = 0; i < tiles_; ++i) {
+        const Part tile(i, space_.data() + i * Part::size, shared_.data());
+        for (int64_t f = call_.members[member]; f < call_.members[member + 1]; ++f) {
+          const V y = gather<V>(call_, tile.first, stored, call_.offset[f], call_.stride[f]);
+          for (int l = 0; l < live_lanes<Field>(call_, tile.first); ++l) {
+            const double b = lane(y, l), difference = double(lane(tile.y1[f], l)) - b;
+            apart += difference * difference, size += b * b;
+          }
+        }
+      }
+      const double numbers = double((call_.members[member + 1] - call_.members[member]) * call_.samples);
+      const double tolerance = std::sqrt(numbers) * call_.atol + call_.rtol * std::sqrt(size) + DBL_MIN;
+      const double drift = std::sqrt(apart) / tolerance;
+      if (drift <= call_.drift) continue;
+      call_.drift = drift, call_.drift_t = clock_.t1;
+    }
   }
   // parity: the last stage is the first of the next step, for every method.
   template <class T>

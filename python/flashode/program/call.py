@@ -50,6 +50,7 @@ class Call(ctypes.Structure):
         ),
         ("input_sizes", c_void_p),
         *((name, c_int64) for name in ("input_count", "seminorm")),
+        *((name, c_double) for name in ("drift", "drift_t")),
     ]
 
 
