@@ -106,8 +106,8 @@ def includes(path):
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
 
 
-@pytest.mark.parametrize("path", sources("csrc/kernels/*"), ids=lambda p: p.name)
-def test_kernels_know_nothing_of_torch(path):
+@pytest.mark.parametrize("path", sources("csrc/kernels/*", "csrc/compiled/*"), ids=lambda p: p.name)
+def test_kernels_and_programs_know_nothing_of_torch(path):
     for header in includes(path):
         assert not re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", header), header
         assert path.suffix == ".cu" or not header.startswith("cuda"), header

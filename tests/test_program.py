@@ -4,6 +4,7 @@ import ctypes
 import functools
 import math
 import shutil
+import signal
 import subprocess
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from flashode.batched import BatchProblem
 from flashode.errors import Status
 from flashode.methods import METHODS
 from flashode.problem import Problem
-from flashode.program.call import Call, Interrupted, Returned, load
+from flashode.program.call import Call, Returned, interruption, load
 from flashode.program.tables import method_source
 
 F32, F64 = torch.float32, torch.float64
@@ -354,16 +355,24 @@ def test_fixed_steps_end_where_the_state_is_not_finite(program):
 
 
 @pytest.mark.parametrize("options", [{}, dict(batched=True)], ids=["one clock", "own clocks"])
-def test_a_long_solve_can_be_stopped(program, options):
-    y0, mu = start(3)
+def test_a_signal_stops_a_long_solve(program, options):
+    library, (y0, mu) = program("dopri5", F64, 4), start(3)
     options = options | dict(max_step=1e-7, max_num_steps=10**9)
-    problem = (BatchProblem if options.get("batched") else Problem).from_call(
-        field("vdp", mu), y0, T, 1e-6, 1e-8, "dopri5", options, None
-    )
-    asked = []
-    stop = Interrupted(lambda: asked.append(1) or len(asked) == 2)
-    ours = Solved(program("dopri5", F64, 4), problem, "vdp", mu, interrupted=stop)
-    assert ours.returned == Returned.INTERRUPTED and len(asked) == 2
+    kind = BatchProblem if options.get("batched") else Problem
+    problem = kind.from_call(field("vdp", mu), y0, T, 1e-6, 1e-8, "dopri5", options, None)
+    asked, raised = interruption()
+
+    def handler(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        ours = Solved(library, problem, "vdp", mu, interrupted=asked)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ours.returned == Returned.INTERRUPTED
+    assert [type(exception) for exception in raised] == [KeyboardInterrupt]
 
 
 # ---- clocks of their own ---------------------------------------------------------------------
@@ -385,7 +394,7 @@ def test_samples_have_times_of_their_own(program, method):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [dict(first_step=0.3), dict(min_step=0.3), dict(max_step=0.04), dict(controller="pid")], ids=lambda options: " ".join(options))  # fmt: skip
+@pytest.mark.parametrize("options", [dict(first_step=0.3), dict(min_step=0.3), dict(max_step=0.04), dict(controller="pid", first_step=1.5)], ids=lambda options: " ".join(options))  # fmt: skip
 def test_options_of_samples(program, options):
     ours, theirs = both(program("dopri5", F64, 4), "vdp", *start(5), T, options=dict(batched=True) | options)
     assert_same(ours, theirs)

@@ -48,7 +48,7 @@ struct Call {
 
   int64_t threads;
   int64_t records;                  // whether to keep what `reverse` needs
-  int (*interrupted)();             // asked now and then by the thread that called; null: never stop
+  int (*interrupted)();             // whether to stop; asked now and then by the calling thread. May be null
 
   // Results. Pointers are to arrays of `samples` where samples have clocks of their own, else to one.
   int64_t *status, *accepted, *rejected, *filled;

@@ -298,10 +298,14 @@ class TileSolver {
       dense.at(convert<V>(next_ - clock_.t0) * per_length, y);
       for (int64_t f = 0; f < Field::width; ++f) y[f] = select(mask_of<V>(inside), y[f], tile_.y1[f]);
       if (extends_) refuse_nonfinite(due, y);
+      Real* const rows = static_cast<Real*>(call_.ys);
       for (uint64_t left = lanes_set(due); left; left &= left - 1) {
         const int l = __builtin_ctzll(left);
-        write_lane(l, y, output(filled_[l]));
-        set_lane(next_, l, ++filled_[l] < call_.outputs ? times_of(l)[filled_[l]] : INFINITY);
+        const int64_t b = tile_.first + l, row = filled_[l]++;
+        Real* const to = rows + row * call_.row;
+        for (int64_t f = 0; f < Field::width; ++f) to[call_.offset[f] + b * call_.stride[f]] = lane(y[f], l);
+        const double* const times = call_.times + b * call_.times_stride;
+        set_lane(next_, l, row + 1 < call_.outputs ? times[row + 1] : INFINITY);
       }
       due = due & (next_ <= clock_.t1);
       inside = due & (next_ < clock_.t1);

@@ -26,7 +26,7 @@ class Tiles {
         prepared_(Field::prepared),
         space_(count_ * Part::own_size(call) + threads_ * Part::shared_size),
         tiles_(count_),
-        sums_(count_ * call.member_count) {}
+        sums_(count_ * (call.member_count > 1 ? call.member_count : 1)) {}
 
   bool exist() const { return prepared_.data() && space_.data() && tiles_.data() && sums_.data(); }
 
@@ -78,11 +78,11 @@ class Tiles {
     });
     double norm = 0;
     for (int64_t m = 0; m < call->member_count; ++m) {
-      const int64_t width = call->members[m + 1] - call->members[m];
-      if (width == 0) continue;
+      const int64_t numbers = (call->members[m + 1] - call->members[m]) * call->samples;
+      if (numbers == 0) continue;
       double sum = 0;
       for (int64_t i = 0; i < count_; ++i) sum += sums[i * call->member_count + m];
-      norm = larger(norm, std::sqrt(sum / double(width * call->samples)));
+      norm = larger(norm, std::sqrt(sum / double(numbers)));
     }
     return norm;
   }
