@@ -308,8 +308,8 @@ FLASHODE_HD To each_lane(const Vector<T, L>& v, F function) {
 template <class To, class T, int L>
 FLASHODE_HD To convert(const Vector<T, L>& v) {
   To out = each_lane<To>(v, [](T x) { return real_of<To>(x); });
-  // GCC 12 takes vectors of two or four doubles to float and back for no change at all.
-  if constexpr (sizeof(real_of<To>) < sizeof(T)) __asm__("" : "+m"(out));
+  // GCC 12 takes vectors of a few doubles to float and back for no change at all.
+  if constexpr (sizeof(real_of<To>) < sizeof(T) && L <= 8) __asm__("" : "+m"(out));
   return out;
 }
 template <class V, class T, int L>  // a mask of other reals as one of V's: -1 stays -1

@@ -261,13 +261,15 @@ FLASHODE_HD V erf_of(const V& x) {
 // digits.
 template <class V>
 FLASHODE_HD V power_of_size(const V& size, const V& y) {
-  using S = Series<double>;
+  using T = real_of<V>;
+  using S = Series<T>;
+  constexpr int lift = S::mantissa + 2;
   const auto subnormal = size < S::least_normal;
-  const auto bits = bits_of(select(subnormal, size * 0x1p54, size)) - S::root_half;
+  const auto bits = bits_of(select(subnormal, size * T(int64_t(1) << lift), size)) - S::root_half;
   const V f = from_bits<V>((bits & S::fraction) + S::root_half) - 1;
   const V rounded =
       from_bits<V>((bits >> S::mantissa) + bits_of(splat<V>(S::rounder))) - S::rounder;
-  const V n = select(subnormal, rounded - 54, rounded);
+  const V n = select(subnormal, rounded - T(lift), rounded);
 
   const V d = f + 2, inverse = 1 / d, s = f * inverse;
   const V s_rest = ((f - s * d) - s * (f - (d - 2))) * inverse;
@@ -286,18 +288,12 @@ FLASHODE_HD V power_of_size(const V& size, const V& y) {
       select((size < S::infinity) & (size > 0), log, select(size == 0, -S::infinity, size));
 
   const V p = y * known;
-  const V p_rest = select(magnitude(p) < 800, fused(y, known, -p) + y * log_rest, zero<V>());
+  const V p_rest =
+      select(magnitude(p) < 2 * S::most_exp, fused(y, known, -p) + y * log_rest, zero<V>());
   Reduced<V> t = by_ln2(within(p, S::least_exp, S::most_exp));
   t.r = t.r + p_rest;
   return exp_within(t);
 }
-template <int L>
-FLASHODE_HD Vector<float, L> power_of_size(const Vector<float, L>& size,
-                                           const Vector<float, L>& y) {
-  using Wide = Lanes<double, L>;
-  return convert<Vector<float, L>>(exp_of(convert<Wide>(y) * log_of(convert<Wide>(size))));
-}
-
 template <class V>
 FLASHODE_HD V pow_of(const V& x, const V& y) {
   using T = real_of<V>;
@@ -395,6 +391,13 @@ FLASHODE_HD Vector<T, L> pow(const Vector<T, L>& x, const Vector<T, L>& y) {
   }
   return out;
 }
+// What control.h raises error ratios to: exponents are small, so that the rounding of the logarithm
+// is not much, and the result costs half of what `pow` does.
+template <class T, int L>
+FLASHODE_HD Vector<T, L> power(const Vector<T, L>& x, double exponent) {
+  return exp(T(exponent) * log(x));
+}
+
 template <class T, int L>
 FLASHODE_HD Vector<T, L> atan2(const Vector<T, L>& y, const Vector<T, L>& x) {
   Vector<T, L> out;

@@ -45,7 +45,7 @@ SEEN = {
     "log": (lambda f: (mp.log1p(f) - f + f**2 / 2) / f**3, lambda f: f**2 + mpf(1) / 100, mp.sqrt(0.5) - 1, mp.sqrt(2) - 1, 7, None),
     "sin": (root(lambda t: (mp.sin(t) - t) / t**3), root(lambda t: t**3 / mp.sin(t)), 0, 1.58**2, 3, 7),
     "atan": (root(lambda t: (mp.atan(t) - t) / t**3), root(lambda t: t**3 / mp.atan(t)), 0, 1, 8, 19),
-    "atanh": (root(lambda s: (2 * mp.atanh(s) - 2 * s - s**3 * 2 / 3) / s**5), root(lambda s: s**5 / mp.atanh(s) / 2), 0, 0.1717**2, None, 7),
+    "atanh": (root(lambda s: (2 * mp.atanh(s) - 2 * s - s**3 * 2 / 3) / s**5), root(lambda s: s**5 / mp.atanh(s) / 2), 0, 0.1717**2, 2, 7),
     "erf near 0": (root(lambda t: mp.erf(t) / t - 1), root(lambda t: t / mp.erf(t)), 0, 1, 6, 11),
     "log of erfc": (lambda x: mp.log(mp.erfc(x)), lambda x: mp.erfc(x) / mp.erf(x), 1, None, 5, 17),
 }  # fmt: skip

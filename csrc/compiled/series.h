@@ -23,6 +23,9 @@ struct Series<float> {
   static constexpr float least_normal = 0x1p-126f, infinity = __builtin_inff();
   static constexpr float log2_e = 0x1.715476p+0f;
   static constexpr float ln2[] = {0x1.62e43p-1f, -0x1.05c61p-29f};
+  // With bits to spare: its product with any exponent is exact (fdlibm).
+  static constexpr float ln2_short[] = {0x1.62e4p-1f, 0x1.7f7d1cp-20f};
+  static constexpr float two_thirds[] = {0x1.555556p-1f, -0x1.555556p-26f};
   static constexpr float pi[] = {0x1.921fb6p+1f, -0x1.777a5cp-24f, -0x1.ee59dap-49f};
   static constexpr float inverse_pi = 0x1.45f306p-2f, farthest = 0x1p17f;
   static constexpr float least_exp = -104, most_exp = 89, flat_expm1 = -18, flat_tanh = 10,
@@ -32,6 +35,7 @@ struct Series<float> {
                                   0.001394652247f};
   static constexpr float log[] = {0.3333331851f, -0.2500068988f, 0.2000219852f, -0.1662820278f,
                                   0.1418394542f, -0.1309856211f, 0.1285662917f, -0.07907858517f};
+  static constexpr float atanh[] = {0.4000015257f, 0.2854708752f, 0.2341980874f};
   static constexpr float sin[] = {-0.166666592f, 0.008333056583f, -0.0001980885012f,
                                   2.604029601e-6f};
   static constexpr float atan[] = {-0.333332991f,   0.1999854837f,   -0.1426424216f,
@@ -67,7 +71,6 @@ struct Series<double> {
                                    2.857142874366239149e-01, 2.222219843214978396e-01,
                                    1.818357216161805012e-01, 1.531383769920937332e-01,
                                    1.479819860511658591e-01};
-  // ln 2 with bits to spare, so that its product with any exponent is exact (fdlibm).
   static constexpr double ln2_short[] = {6.93147180369123816490e-01, 1.90821492927058770002e-10};
   static constexpr double two_thirds[] = {0x1.5555555555555p-1, 0x1.5555555555555p-55};
   static constexpr double atanh[] = {

@@ -28,13 +28,6 @@ FLASHODE_HD int live_lanes(const Call& call, int64_t first) {
   return left < Field::lanes ? int(left) : Field::lanes;
 }
 
-// Of an error ratio (control.h). The exponents are small, so that the rounding of the logarithm is
-// not much, and the result costs half of what `pow` does.
-template <class T, int L>
-FLASHODE_HD Vector<T, L> power(const Vector<T, L>& x, double exponent) {
-  return exp(T(exponent) * log(x));
-}
-
 // ---- from the caller's arrays and back ---------------------------------------------------------
 
 // One number of the samples from `first` on; lanes beyond the last sample repeat it.

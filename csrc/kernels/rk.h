@@ -114,8 +114,8 @@ FLASHODE_HD A add_term(A total, A coef, A k) {
 template <class A>
 using Mask = decltype(A() < A());
 
-template <class A>
-FLASHODE_HD A select(bool mask, const A& a, const A& b) {
+template <class A, class B>
+FLASHODE_HD auto select(bool mask, const A& a, const B& b) -> decltype(true ? A() : B()) {
   return mask ? a : b;
 }
 
