@@ -104,13 +104,16 @@ class Sweep {
     has_slopes_ = true;
   }
 
-  // Largest root mean square over the members of the state and of its adjoint.
-  template <class OfY, class OfAdj>
-  double norm(const OfY& of_y, const OfAdj& of_adj) const {
+  // Largest root mean square over the members of the state and of its adjoint, after work on each tile.
+  template <class Work, class OfY, class OfAdj>
+  double norm_after(const Work& work, const OfY& of_y, const OfAdj& of_adj) const {
     const int64_t count = 2 * call_.member_count;
     double *const squares = squares_.data(), norm = 0;
     for (int64_t i = 0; i < chunks_ * count; ++i) squares[i] = 0;
-    for_each([&](Part tile, int64_t c) { tile.add_squares(call_, of_y, of_adj, squares + c * count); });
+    for_each([&](Part tile, int64_t c) {
+      work(tile, c);
+      tile.add_squares(call_, of_y, of_adj, squares + c * count);
+    });
     for (int64_t i = 0; i < count; ++i) {
       double sum = 0;
       for (int64_t c = 0; c < chunks_; ++c) sum += squares[c * count + i];
@@ -118,6 +121,11 @@ class Sweep {
       if (size > 0) norm = larger(norm, std::sqrt(sum / double(size)));
     }
     return norm;
+  }
+
+  template <class OfY, class OfAdj>
+  double norm(const OfY& of_y, const OfAdj& of_adj) const {
+    return norm_after([](const Part&, int64_t) {}, of_y, of_adj);
   }
 
   // Hairer, Norsett, Wanner I, II.4, of the state and its adjoint.
@@ -164,25 +172,35 @@ class Sweep {
     return false;
   }
 
-  void take_stages() {
+  // All stages of a step; returns the norm of its error.
+  double take_stages() {
     const int nudge_at_end = Method::adaptive || call_.perturb ? -1 : 0;
     begin();
     clear_products(1, stages);
-    for_each([&](Part tile, int64_t c) {
+    const auto take = [&](Part& tile, int64_t c) {
       tile.template take_stages<1>(clock_, nudge_at_end, prepared_.data(), lane_sums(c), sums(c));
-    });
+    };
+    if constexpr (Method::adaptive) {
+      using Error = ErrorRow<Method>;
+      const V h = clock_.step();
+      return norm_after(
+          take, [=](const Part& tile, int64_t f) { return h * sum_of_terms<Error, width>(tile.k + f); },
+          [=](const Part& tile, int64_t f) { return h * sum_of_terms<Error, width>(tile.m + f); });
+    } else {
+      for_each([&](Part tile, int64_t c) { take(tile, c); });
+      return 0;
+    }
   }
 
   // One step of a prescribed length.
   void fixed_step(double t1) {
     clock_.t1 = t1, clock_.dt = dt_ = t1 - clock_.t0;
     has_slopes_ = false, nudge_ = call_.perturb ? 1 : 0;
-    take_stages();
+    ratio_ = take_stages();
     weigh<ResultRow<Method>>(increments());
     if (!are_finite([](const Part& tile) { return tile.y1; }, [](const Part& tile) { return tile.adj1; })) {
       return fail(kNonfiniteField);
     }
-    ratio_ = 0;
     commit(false);
   }
 
@@ -197,14 +215,10 @@ class Sweep {
     if (!(clock_.t1 > clock_.t0) || dt_ < DBL_MIN) return fail(kStepUnderflow);
     if (lands && clock_.t1 - clock_.t0 < dt_) dt_ = clock_.t1 - clock_.t0;
     clock_.dt = dt_;
-    take_stages();
-    const V h = clock_.step();
-    using Error = ErrorRow<Method>;
-    ratio_ = norm([=](const Part& tile, int64_t f) { return h * sum_of_terms<Error, width>(tile.k + f); },
-                  [=](const Part& tile, int64_t f) { return h * sum_of_terms<Error, width>(tile.m + f); });
+    ratio_ = take_stages();
     weigh<ResultRow<Method>>(increments());
     if (!call_.seminorm) {
-      weigh<Error>(errors());
+      weigh<ErrorRow<Method>>(errors());
       ratio_ = larger(ratio_, norm_of_integrals());
     }
     const Decision decision = decide(ratio_, dt_, control_);
