@@ -156,9 +156,11 @@ class Sweep {
 
   // The next time that a step lands on: of an output with a gradient, the last of them, or a stop.
   double landing(bool* jumps) {
-    int64_t row = next_;
-    while (row + 1 < call_.outputs && !has_gradient(call_.outputs - 1 - row)) ++row;
-    double target = call_.times[row];
+    if (target_ < next_) {
+      target_ = next_;
+      while (target_ + 1 < call_.outputs && !has_gradient(call_.outputs - 1 - target_)) ++target_;
+    }
+    double target = call_.times[target_];
     while (stop_ < call_.stop_count && call_.stops[stop_] <= clock_.t0) ++stop_;
     *jumps = stop_ < call_.stop_count && call_.stops[stop_] <= target;
     if (*jumps) target = call_.stops[stop_], *jumps = call_.stop_jumps[stop_];
@@ -420,7 +422,8 @@ class Sweep {
   double dt_ = NAN, ratio_ = NAN, of_time_ = 0;
   bool has_slopes_ = false;
   int nudge_ = 0;
-  int64_t next_ = 1, stop_ = 0, accepted_ = 0, rejected_ = 0, trials_ = 0;
+  int64_t next_ = 1, target_ = 0;  // outputs to come: the first, and that which a step lands on
+  int64_t stop_ = 0, accepted_ = 0, rejected_ = 0, trials_ = 0;
   Status status_ = kRunning;
 };
 
