@@ -1,9 +1,10 @@
-// A whole solve where all samples share one clock: adaptive steps with one size for all, or the steps
-// of a grid. The same decisions as csrc/torch/driver.cpp, in the same order.
+// A whole solve where all samples share one clock: adaptive steps with one size for all, or the
+// steps of a grid. The same decisions as csrc/torch/driver.cpp, in the same order.
 #pragma once
 
 #include <cfloat>
 
+#include "dense.h"
 #include "parallel.h"
 #include "record.h"
 #include "tile.h"
@@ -136,8 +137,9 @@ class Solve {
 
   // What the call returns; how the solve ended is written into the call.
   FLASHODE_HD Returned run() {
-    tiles_.for_each(
-        [=, call = &call_](const Part& tile, int64_t) { store_state<Field>(*call, tile.first, tile.y0, call->ys); });
+    tiles_.for_each([=, call = &call_](const Part& tile, int64_t) {
+      store_state<Field>(*call, tile.first, tile.y0, call->ys);
+    });
     if (call_.outputs > 1) {
       if (Method::adaptive) start();
       while (status_ == kRunning && returned_ == kDone && filled_ < call_.outputs) {
@@ -164,17 +166,17 @@ class Solve {
     });
   }
 
-  // Hairer, Norsett, Wanner I, II.4: an Euler step of moderate length shows how fast the field changes.
+  // Hairer, Norsett, Wanner I, II.4: an Euler step of moderate length shows how fast the field
+  // changes.
   FLASHODE_HD void start() {
     evaluate_f0(0);
     dt_ = call_.first_step;
     if (dt_ == dt_) return;
     const double d0 = tiles_.norm([](const Part& tile) {
-      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.y0[f], tile.y0); };
+      return tile.relative([y0 = tile.y0](int64_t f) { return y0[f]; });
     });
-    const double d1 = tiles_.norm([](const Part& tile) {
-      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.k[f], tile.y0); };
-    });
+    const double d1 = tiles_.norm(
+        [](const Part& tile) { return tile.relative([f0 = tile.k](int64_t f) { return f0[f]; }); });
     if (!is_finite(d1)) {
       error_ratio_ = d1;
       status_ = kNonfiniteField;
@@ -187,7 +189,7 @@ class Solve {
     ++nfe_;
     const double difference = tiles_.norm([clock = clock_](const Part& tile) {
       tile.template evaluate<EulerRow>(clock, 1, 0, 1, nullptr);
-      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.k[Part::width + f] - tile.k[f], tile.y0); };
+      return tile.relative([f0 = tile.k](int64_t f) { return f0[Part::width + f] - f0[f]; });
     });
     dt_ = initial_step(h0, d1, difference / h0, Method::order);
   }
@@ -243,7 +245,8 @@ class Solve {
       return;
     }
     ++rejected_;
-    if (!is_finite(norm) && (clock_.dt <= call_.min_step || !f0_is_finite())) status_ = kNonfiniteField;
+    if (!is_finite(norm) && (clock_.dt <= call_.min_step || !f0_is_finite()))
+      status_ = kNonfiniteField;
   }
 
   FLASHODE_HD bool f0_is_finite() const {
@@ -289,14 +292,14 @@ class Solve {
     const bool at_end = end > begin && call_.times[end - 1] == clock_.t1;
     const int64_t inner = at_end ? end - 1 : end;
     if (inner > begin) nfe_ += Method::extra;
-    const bool finite = tiles_.all_of([=, clock = clock_, call = &call_, record = record_](
-                                          const Part& tile, int64_t i) {
-      if (records) tile.copy_start(record->y0(n, i), record->f0(n, i));
-      const bool finite = inner == begin || interpolate(*call, tile, clock, begin, inner);
-      if (at_end) store_state<Field>(*call, tile.first, tile.y1, output(*call, inner));
-      tile.move_on();
-      return finite;
-    });
+    const bool finite = tiles_.all_of(
+        [=, clock = clock_, call = &call_, record = record_](const Part& tile, int64_t i) {
+          if (records) tile.copy_start(record->y0(n, i), record->f0(n, i));
+          const bool finite = inner == begin || interpolate(*call, tile, clock, begin, inner);
+          if (at_end) store_state<Field>(*call, tile.first, tile.y1, output(*call, inner));
+          tile.move_on();
+          return finite;
+        });
     clock_.t0 = clock_.t1;
     if (!finite) {
       status_ = kNonfiniteField;
