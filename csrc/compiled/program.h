@@ -8,3 +8,4 @@
 #include "reverse.h"
 #include "reverse_batch.h"
 #include "solve.h"
+#include "sweep.h"
