@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from ..augmented import Path
-from ..engines import ENGINES, choose
+from ..engines import ENGINES
 from ..errors import ArgumentError
 from ..problem import Problem
 from ..progress import shown
@@ -71,9 +71,6 @@ class _Adjoint(torch.autograd.Function):
             outcome = ENGINES[engine].solve(watched, recording)
         solution = finish(problem, outcome, engine, throw=True)
         result.append(solution)
-        if engine == "compiled":  # there is no program for the way back of this mode: it calls func itself
-            problem = replace(problem, func=problem.func.func)
-            engine = choose(problem, "auto")
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
         ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
         ctx.autocast = _autocast(problem.y0.device.type)

@@ -18,7 +18,7 @@ from . import compiled, native, native_batched, reference, reference_batched, re
 
 ENGINES = {"native": native, "reference": reference, "scipy": scipy_solver, "compiled": compiled}
 BATCH_ENGINES = {"native": native_batched, "reference": reference_batched, "compiled": compiled}
-SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}
+SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep, "compiled": compiled.sweep}
 
 
 def choose(problem: Problem, engine: str, engines=ENGINES):

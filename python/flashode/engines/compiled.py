@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 
 from .. import transforms
-from ..augmented import Path
+from ..augmented import Augmented, Gradients, Path
 from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError, CompileError, Status, StepFailure
 from ..problem import Problem
 from ..program import CompiledField, Program, example
-from ..program.call import Call, Interrupted, Returned
+from ..program.call import Call, Returned, interruption
 from ..progress import Progress
 from ..solution import Outcome
 from . import reference
@@ -71,21 +71,8 @@ def solve_batch(problem: BatchProblem) -> BatchOutcome:
 # ---- calls ---------------------------------------------------------------------------------
 
 
-@Interrupted
-def _interrupted() -> int:
-    """Whether Ctrl-C was pressed; a program that is told so ends at once."""
-    try:
-        ctypes.pythonapi.PyErr_CheckSignals()
-    except BaseException as error:
-        _Run.interruption = error
-        return 1
-    return 0
-
-
 class _Run:
     """One problem as a program is called with it. Keeps alive what the call points to."""
-
-    interruption: BaseException | None = None
 
     def __init__(self, problem: Problem, program: Program, inputs):
         self.p, self.program = problem, program
@@ -142,7 +129,7 @@ class _Run:
         call.first_step = math.nan if p.first_step is None else p.first_step
         call.max_num_steps, call.perturb = p.max_num_steps, p.perturb
         call.threads = torch.get_num_threads()
-        call.interrupted = _interrupted
+        call.interrupted, self.raised = interruption()
 
     def set_times(self):
         call, p = self.call, self.p
@@ -184,8 +171,7 @@ class _Run:
         returned = self.program.entries[name](ctypes.byref(self.call))
         self.program.spend(name, time.perf_counter() - began)
         if returned == Returned.INTERRUPTED:
-            error, _Run.interruption = _Run.interruption, None
-            raise error or KeyboardInterrupt
+            raise self.raised[0]
         if returned == Returned.OUT_OF_MEMORY:
             raise MemoryError(
                 "not enough memory for the steps of this solve, which its backward pass needs: solve under "
@@ -259,6 +245,33 @@ class _Run:
             outcome.k, outcome.y1 = [f0], run.y0
             if math.isfinite(outcome.dt) and outcome.dt > 0 and torch.isfinite(f0).all():
                 outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + outcome.dt, outcome.dt, None)
+
+
+def sweep(augmented: Augmented) -> Gradients:
+    """The backward solve, from the last output back to the first: `engines.reference_sweep.sweep`."""
+    g, p = augmented, augmented.problem
+    program, inputs = p.func.program(p, "sweep")
+    if not program.checked:
+        check(p, program, inputs)
+    run = _Run(p, program, inputs)
+    call = run.call
+    ys = run.array(g.ys, program.dtype)
+    call.ys, call.seminorm = ys.data_ptr(), g.seminorm
+    call.first_step = math.nan if g.first_step is None else g.first_step
+    call.input_sizes = run.numbers([x.numel() for x in inputs], ctypes.c_int64)
+    call.input_count = len(inputs)
+    grad_t = torch.zeros(len(p.times), dtype=torch.float64) if g.needs_t else None
+    adj_y, grads = run.pull_back("sweep", g.grad_ys, grad_t)
+    found = {id(x): grad for x, grad in zip(inputs, grads) if grad is not None}
+    adj_params = [
+        found[id(param)].to(param.dtype) if id(param) in found else torch.zeros_like(param) for param in g.params
+    ]
+    (status, accepted, rejected, _), (t, dt, error_ratio) = run.whole, run.real
+    vjp_t = torch.zeros((), dtype=program.dtype) if grad_t is None else grad_t[0].to(program.dtype)
+    return Gradients(
+        Status(status), vjp_t, adj_y, adj_params, call.nfe, accepted, rejected, t, dt, error_ratio,
+        drift=call.drift, drift_t=call.drift_t,
+    )  # fmt: skip
 
 
 # ---- the check of a new program ------------------------------------------------------------
@@ -346,7 +359,8 @@ class _Solve(torch.autograd.Function):
         run = ctx.run.run
         call, p = run.call, run.p
         needs_t = any(ctx.needs_input_grad[5:7])
-        grad_t = torch.zeros_like(run.times) if needs_t else None
+        # Where steps are from one time to the next, an output is the end of a step and moves with it.
+        grad_t = torch.zeros_like(run.times) if needs_t and not p.steps_on_times else None
         grad_grid = torch.zeros(len(p.grid), dtype=torch.float64) if needs_t and p.grid is not None else None
         call.grad_grid = None if grad_grid is None else grad_grid.data_ptr()
         adj_y0, grads = run.pull_back("reverse", grad_ys, grad_t)

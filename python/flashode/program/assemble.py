@@ -25,6 +25,12 @@ from .trace import trace, trace_joint
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _VECTOR_BYTES = 64
 _MANY_FLOPS = 20_000  # of a sample: matrix products pay for more lanes
+# The entries of a program, by its backward pass.
+_NAMES = {
+    None: ("solve", "evaluate"),
+    "reverse": ("solve", "evaluate", "reverse", "pull_back"),
+    "sweep": ("evaluate", "sweep", "pull_back"),
+}
 _TRIES = 16  # sets of inputs that may have a value for every sample
 
 
@@ -37,6 +43,7 @@ class Program:
         layout: of the state that it was made for.
         lanes: samples that it works on together.
         own: constants of a sample: input, position, and distance of the next sample's.
+        backward: the backward pass that it has: ``"reverse"``, ``"sweep"`` or None.
         differentiable: numbers of the inputs that the backward pass has gradients for; None where there is no
             backward pass.
         shapes: of the tensors that func captured.
@@ -49,6 +56,7 @@ class Program:
     lanes: int
     dtype: torch.dtype
     own: list[tuple[int, int, int]]
+    backward: str | None
     differentiable: tuple[int, ...] | None
     shapes: tuple[tuple[int, ...], ...]
     form: Form
@@ -61,10 +69,9 @@ class Program:
     @cached_property
     def entries(self) -> dict:
         """Functions of the library by name."""
-        names = ("solve", "evaluate", "reverse", "pull_back")
         suffix = "_batch" if self.own_clocks else ""
         found = {}
-        for name in names if self.differentiable is not None else names[:2]:
+        for name in _NAMES[self.backward]:
             function = getattr(self.library.functions, f"flashode_{name}{suffix}")
             function.argtypes, function.restype = [ctypes.POINTER(Call)], ctypes.c_int
             found[name] = function
@@ -119,12 +126,13 @@ def lanes_for(layout: Layout, form: Form, dtype: torch.dtype) -> int:
     return 2 * vector
 
 
-def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Tensor, ...]]:
+def assemble(problem: Problem, func, backward) -> tuple[Program, tuple[torch.Tensor, ...]]:
     """The program for a problem, and the tensors that its field captured.
 
     Args:
         func: the user's own, uncompiled.
-        gradients: whether there is to be a backward pass, a function of the captured tensors.
+        backward: ``"reverse"``, ``"sweep"`` or None, as a function of the captured tensors: the backward pass
+            that the program has; a sweep comes alone.
 
     Raises:
         CompileError: where func cannot be traced or generated.
@@ -138,7 +146,8 @@ def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Te
     t, y = example(problem)
     traced = trace(flat, t, y)
     inputs = traced.inputs
-    gradients = gradients(inputs)
+    backward = backward(inputs)
+    gradients = backward is not None
     if gradients:
         traced = trace_joint(flat, t, y, inputs)
     seconds = {"trace": time.perf_counter() - began}
@@ -147,14 +156,14 @@ def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Te
     lanes = lanes_for(layout, form, y.dtype)
     fields = field_source(form, _REALS[y.dtype], lanes, batched, gradients)
     text = _HEAD + fields.text + method_source(problem.method, problem.dense) + "}  // namespace\n\n"
-    text += _entries(batched, gradients) + "\n}  // namespace flashode\n"
+    text += _entries(batched, backward) + "\n}  // namespace flashode\n"
     seconds["generate"] = time.perf_counter() - began
     began = time.perf_counter()
     library = build.load(text)
     seconds["compile"] = time.perf_counter() - began
     differentiable = tuple(i for i, x in enumerate(inputs) if x.requires_grad) if gradients else None
     program = Program(
-        problem.method.name, layout, batched, lanes, y.dtype, fields.own, differentiable,
+        problem.method.name, layout, batched, lanes, y.dtype, fields.own, backward, differentiable,
         tuple(tuple(x.shape) for x in inputs), form, library, seconds,
     )  # fmt: skip
     return program, inputs
@@ -208,12 +217,12 @@ def _own_axes(layout: Layout, shapes):
 _HEAD = '#include "program.h"\n\nnamespace flashode {\nnamespace {\n\n'
 
 
-def _entries(own_clocks: bool, gradients: bool) -> str:
+def _entries(own_clocks: bool, backward: str | None) -> str:
     """The functions that are called from Python."""
     suffix = "_batch" if own_clocks else ""
     lines = []
-    for name in ("solve", "evaluate") + (("reverse", "pull_back") if gradients else ()):
-        template = "Field, Method" if name in ("solve", "reverse") else "Field"
+    for name in _NAMES[backward]:
+        template = "Field" if name in ("evaluate", "pull_back") else "Field, Method"
         lines.append(
             f'extern "C" int flashode_{name}{suffix}(Call* call) {{ return {name}{suffix}<{template}>(*call); }}'
         )

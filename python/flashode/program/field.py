@@ -89,19 +89,24 @@ class CompiledField(nn.Module):
 
     # ---- programs --------------------------------------------------------------------------
 
-    def program(self, problem) -> tuple[Program, tuple[torch.Tensor, ...]]:
+    def program(self, problem, backward=None) -> tuple[Program, tuple[torch.Tensor, ...]]:
         """The program for a problem, made unless there is one, and the tensors of now that it reads.
+
+        Args:
+            backward: ``"sweep"`` for a program of the continuous adjoint in place of one that solves. One that
+                solves has the way back through its steps with it, where gradients are recorded.
 
         Raises CompileError.
         """
-        key = self._key(problem)
+        key = backward, *self._key(problem)
         with self._lock:
             for program, captured in self._programs.get(key, ()):
                 tensors = captured.current(problem.args)
                 if tensors is not None:
                     return program, tensors
             walk = Walk(self.func, problem.args)
-            program, tensors = assemble(problem, self.func, _wants_gradients(problem))
+            wanted = (lambda inputs: backward) if backward else _wants_gradients(problem)
+            program, tensors = assemble(problem, self.func, wanted)
             self._hold(key, program, walk.captured(tensors))
             return program, tensors
 
@@ -198,8 +203,8 @@ class CompiledField(nn.Module):
 
 
 def _wants_gradients(problem):
-    """Whether there is to be a backward pass, once the tensors are known that the field reads."""
+    """The backward pass that there is to be, once the tensors are known that the field reads."""
     if not torch.is_grad_enabled():
-        return lambda inputs: False
+        return lambda inputs: None
     known = problem.y0.requires_grad or problem.differentiates_time
-    return lambda inputs: known or any(x.requires_grad for x in inputs)
+    return lambda inputs: "reverse" if known or any(x.requires_grad for x in inputs) else None

@@ -14,6 +14,7 @@ from .ir import Array, Form, Kind
 from .operations import FUNCTIONS, POINTWISE
 
 _FEW = 12  # numbers that become variables, not arrays
+_THIN, _MOST_LANE_SUMS = 16, 16384
 _INLINE = 40  # statements of a function that is copied to all places where it is called
 _CHEAP = frozenset(
     "neg add sub mul square cube abs relu maximum minimum where copy as_real gt ge lt le eq ne".split()
@@ -86,7 +87,7 @@ class _Writer:
         self.lane_sum_offset, self.sum_offset = {}, {}
         lane_sums = sums_size = 0
         for a in self.accumulated:
-            if a.operation == "lane sum" and id(a) not in self.at_once:
+            if id(a) not in self.at_once and (a.operation == "lane sum" or self.is_thin(a)):
                 self.lane_sum_offset[id(a)] = lane_sums
                 lane_sums += a.size
             else:
@@ -94,6 +95,14 @@ class _Writer:
                 sums_size += a.size
         self.lane_sums, self.sums = lane_sums, sums_size
         self.late = [a for a in sums if not _is_source(a) and id(a) not in self.at_once]
+
+    def is_thin(self, a) -> bool:
+        """Whether a gradient of weights is better summed lane by lane: vectors along its sides would be short."""
+        if a.operation != "outer":
+            return False
+        m, k = (o.shape[1] for o in a.operands)
+        bytes_of_sums = m * k * self.lanes * (4 if self.real == "float" else 8)
+        return min(m, k) < _THIN and bytes_of_sums <= _MOST_LANE_SUMS
 
     def write(self) -> Fields:
         form = self.form
@@ -720,14 +729,16 @@ class _Section:
     def write_outer(self, a: Array):
         g, x = a.operands
         m, k = g.shape[1], x.shape[1]
+        by_lane = id(a) in self.w.lane_sum_offset
         (space_g, first_g, step_g), (space_x, first_x, step_x) = self.rows_at(g), self.rows_at(x)
-        target, to = self.place(a)
-        if target != "sums":
+        target, to = ("lane_sums", self.w.lane_sum_offset[id(a)]) if by_lane else self.place(a)
+        if target not in ("sums", "lane_sums"):
             self.lines.append(f"for (int i = 0; i < {a.size}; ++i) {target}[{to} + i] = Real(0);")
         rows = f"for (int r = 0; r < {len(g)}; ++r) " if len(g) > 1 else ""
         more_g, more_x = (f" + r * {s}" if rows else "" for s in (step_g, step_x))
         self.lines.append(
-            f"{rows}outer<{m}, {k}>({space_g} + {first_g}{more_g}, {space_x} + {first_x}{more_x}, {target} + {to}, {k}, 1);"
+            f"{rows}{'outer_lanes' if by_lane else 'outer'}<{m}, {k}>({space_g} + {first_g}{more_g}, {space_x} + {first_x}{more_x}, "
+            f"{target} + {to}{'' if by_lane else f', {k}, 1'});{self.comment(a, 0)}"
         )
         self.also_accumulated(a, target, to)
 
