@@ -157,13 +157,17 @@ class _Run:
             call.grid, call.grid_points = grid.data_ptr(), len(grid)
 
     def set_results(self):
-        n, call = (self.call.samples if self.batched else 1), self.call
-        self.whole, self.real = (
-            (of * (rows * n))() for of, rows in ((ctypes.c_int64, 4), (ctypes.c_double, 3))
-        )
-        whole, real, row = ctypes.addressof(self.whole), ctypes.addressof(self.real), 8 * n
-        call.status, call.accepted, call.rejected, call.filled = (whole + i * row for i in range(4))
-        call.t, call.dt, call.error_ratio = (real + i * row for i in range(3))
+        call = self.call
+        if self.batched:
+            n = call.samples
+            self.whole, self.real = torch.empty((4, n), dtype=torch.int64), torch.empty((3, n), dtype=torch.float64)
+            whole, real = self.whole.data_ptr(), self.real.data_ptr()
+        else:
+            n = 1
+            self.whole, self.real = (ctypes.c_int64 * 4)(), (ctypes.c_double * 3)()
+            whole, real = ctypes.addressof(self.whole), ctypes.addressof(self.real)
+        call.status, call.accepted, call.rejected, call.filled = (whole + 8 * n * i for i in range(4))
+        call.t, call.dt, call.error_ratio = (real + 8 * n * i for i in range(3))
 
     def execute(self, name: str):
         """Calls an entry of the program."""
@@ -232,8 +236,7 @@ class _Run:
         return outcome
 
     def batch_outcome(self) -> BatchOutcome:
-        status, accepted, rejected, filled = torch.tensor(self.whole, dtype=torch.int64).view(4, -1)
-        t, dt, error_ratio = torch.tensor(self.real, dtype=torch.float64).view(3, -1)
+        (status, accepted, rejected, filled), (t, dt, error_ratio) = self.whole, self.real
         return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
 
     def find_culprit(self, outcome: Outcome):
@@ -287,6 +290,8 @@ def check(problem: Problem, program: Program, inputs):
     noise = torch.randn(y.shape, generator=generator, dtype=y.dtype)
     y = y + 0.01 * (1 + y.abs()) * noise  # a start is often at zero, where much is alike
     run = _Run(replace(problem, y0=y), program, inputs)
+    run.call.times = run.array(t, torch.float64).data_ptr()  # as func sees them
+    run.call.times_stride = int(run.batched)
     run.execute("evaluate")
     backward = program.differentiable is not None
     with torch.inference_mode(False), torch.set_grad_enabled(backward):
@@ -299,7 +304,7 @@ def check(problem: Problem, program: Program, inputs):
             grads = [None] * (2 + len(wanted))
             if f.requires_grad:
                 grads = torch.autograd.grad(f, [y, t, *wanted], noise, allow_unused=True)
-            of_t = torch.zeros_like(run.times[..., :1])
+            of_t = torch.zeros(t.shape, dtype=torch.float64)
             of_y, of_inputs = run.pull_back("pull_back", noise, of_t)
             names = ["y", "t", *(f"captured tensor {i}" for i in program.differentiable)]
             found = [of_y, of_t.sum(), *(g for g in of_inputs if g is not None)]
