@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .adjoint.first_only import first_only
+from .first_only import first_only
 from .errors import ArgumentError
 from .events import Event, event_values
 from .problem import Problem

@@ -18,7 +18,7 @@ from ..progress import shown
 from ..solution import Solution, finish
 from . import backsolve, checkpoint
 from .apart import apart
-from .first_only import first_only
+from ..first_only import first_only
 from .spec import AdjointSpec, Record
 
 _MODES = {"backsolve": backsolve, "interpolated": backsolve, "checkpoint": checkpoint}

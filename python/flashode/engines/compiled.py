@@ -15,6 +15,7 @@ from .. import transforms
 from ..augmented import Augmented, Gradients, Path
 from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError, CompileError, Status, StepFailure
+from ..first_only import first_only
 from ..problem import Problem
 from ..program import CompiledField, Program, example
 from ..program.call import Call, Returned, interruption
@@ -22,6 +23,7 @@ from ..progress import Progress
 from ..solution import Outcome
 from . import reference
 
+WAY_OUT = "engine='native' and 'reference' call the field as it is"
 _POINTER = ctypes.c_void_p
 
 
@@ -41,7 +43,7 @@ def supports(problem: Problem) -> str | None:
     if p.events:
         return "event functions are Python, and are not called from programs"
     if any(callback is not None for callback in p.callbacks):
-        what = "a progress bar" if isinstance(p.callbacks[0], Progress) else "callbacks"
+        what = "a progress bar" if any(isinstance(c, Progress) for c in p.callbacks) else "callbacks"
         return f"{what} cannot be called from programs"
     if p.norm is not None:
         return "options['norm'] is Python, and is not called from programs"
@@ -55,6 +57,8 @@ def solve(problem: Problem, recording=None, params=None) -> Outcome:
     ``func`` captured or to those among ``params``."""
     if isinstance(recording, Path):
         raise ArgumentError("the compiled engine keeps no dense output: solve with func itself, uncompiled")
+    if any(isinstance(callback, Progress) for callback in problem.callbacks):
+        raise ArgumentError(f"the compiled engine cannot serve this call: {supports(problem)}; {WAY_OUT}")
     program, inputs = problem.func.program(problem)
     if not program.checked:
         check(problem, program, inputs)
@@ -240,14 +244,21 @@ class _Run:
         return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
 
     def find_culprit(self, outcome: Outcome):
-        """The slopes of the last trial step: taken again, uncompiled, from the last good state."""
+        """The slopes of the last trial step: taken again, uncompiled, from the last good state.
+
+        Its length is the one that is tried next, or where that is too short to be tried, the one before it.
+        """
         run = reference.Run(self.p)
         run.t0, run.y0 = outcome.t, self.y_end
         with torch.no_grad(), contextlib.suppress(StepFailure):
             f0 = run.call(run.t0, run.y0)
             outcome.k, outcome.y1 = [f0], run.y0
-            if math.isfinite(outcome.dt) and outcome.dt > 0 and torch.isfinite(f0).all():
-                outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + outcome.dt, outcome.dt, None)
+            for dt in (outcome.dt, outcome.dt / self.p.control.dfactor):
+                if not (math.isfinite(dt) and dt > 0 and torch.isfinite(f0).all()):
+                    return
+                outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + dt, dt, None)
+                if not all(torch.isfinite(x).all() for x in (*outcome.k, outcome.y1)):
+                    return
 
 
 def sweep(augmented: Augmented) -> Gradients:
@@ -355,12 +366,23 @@ class _Solve(torch.autograd.Function):
         result.append(outcome)
         ctx.run, ctx.times = _Held(run), t
         ctx.save_for_backward(*inputs)  # autograd says so where one is written to in between
-        return outcome.ys
+        return outcome.ys.detach()  # what is returned itself gets a graph, in which the run would hold itself
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_ys):
-        ctx.saved_tensors
+        grads = _Solve.gradients(ctx, grad_ys.detach())
+        if torch.is_grad_enabled():
+            grads = first_only(
+                grads,
+                "a compiled field gives first derivatives only; for second ones (create_graph=True, gradient penalties) "
+                "solve with func itself, uncompiled",
+            )
+        return None, None, None, None, *grads
+
+    @staticmethod
+    @torch.no_grad()
+    def gradients(ctx, grad_ys):
+        inputs = ctx.saved_tensors
         run = ctx.run.run
         call, p = run.call, run.p
         needs_t = any(ctx.needs_input_grad[5:7])
@@ -369,11 +391,11 @@ class _Solve(torch.autograd.Function):
         grad_grid = torch.zeros(len(p.grid), dtype=torch.float64) if needs_t and p.grid is not None else None
         call.grad_grid = None if grad_grid is None else grad_grid.data_ptr()
         adj_y0, grads = run.pull_back("reverse", grad_ys, grad_t)
-        grads = [g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors) if g is not None]
+        grads = [g.to(x.dtype) for g, x in zip(grads, inputs) if g is not None]
         if grad_t is not None:
             direction = p.direction[: len(grad_t), None] if run.batched else p.direction
             grad_t = (direction * grad_t).reshape(ctx.times.shape).to(ctx.times)
-        return None, None, None, None, adj_y0, grad_t, grad_grid, *grads
+        return adj_y0, grad_t, grad_grid, *grads
 
 
 class _Held:
