@@ -1,5 +1,8 @@
 """Options and fixtures that all tests share."""
 
+import os
+import tempfile
+
 import pytest
 import torch
 
@@ -17,6 +20,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Tests of threads ask for them; elsewhere, small tensors on busy cores only wait for each other.
     torch.set_num_threads(1)
+    if "FLASHODE_CACHE" not in os.environ:  # name one to keep compiled fields from run to run
+        config.programs = tempfile.TemporaryDirectory(prefix="flashode-")
+        os.environ["FLASHODE_CACHE"] = config.programs.name
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "programs"):
+        config.programs.cleanup()
 
 
 def pytest_report_header(config):

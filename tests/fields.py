@@ -52,7 +52,9 @@ ACTIVATIONS = {
 def with_activation(function):
     def make():
         first, last = nn.Linear(3, 7).double(), nn.Linear(7, 3).double()
-        return Closure(lambda s, t, y: s.last(function(s.first(y))), first=first, last=last), state(SAMPLES, 3)
+        return Closure(lambda s, t, y: s.last(function(s.first(y))), first=first, last=last), state(
+            SAMPLES, 3
+        )
 
     return make
 
@@ -188,7 +190,9 @@ def exact_trace(s, t, state):
     with torch.enable_grad():
         z = z if z.requires_grad else z.detach().requires_grad_()
         dz = s.field(t, z)
-        trace = sum(torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(z.shape[1]))
+        trace = sum(
+            torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(z.shape[1])
+        )
     return dz, -trace[:, None]
 
 

@@ -21,6 +21,7 @@ ENTRIES = {
     "solve": "solve<Field, Method>",
     "reverse": "reverse<Field, Method>",
     "pull_back": "pull_back<Field>",
+    "sweep": "sweep<Field, Method>",
     "solve_batch": "solve_batch<Field, Method>",
     "reverse_batch": "reverse_batch<Field, Method>",
     "pull_back_batch": "pull_back_batch<Field>",
@@ -117,7 +118,7 @@ class Solved:
             call.stop_jumps = self.of(torch.tensor([jump for _, jump in p.stops], dtype=torch.uint8))
             if p.grid is not None:
                 call.grid, call.grid_points = self.of(p.grid.detach().contiguous()), len(p.grid)
-        self.status, self.accepted = status[0], status[1]
+        self.status, self.accepted, self.rejected, self.reals = *status[:3], reals
         self.run("solve")
 
     def run(self, entry):
@@ -152,6 +153,20 @@ class Solved:
         call.grad_grid = self.of(grad_grid) if needs_time and grad_grid is not None else None
         self.run(self.backward)
         return found, grad_t.to(p.t), grad_grid, inputs, own
+
+    def turn(self, back, first_step, seminorm):
+        """Makes the call one of a sweep, which ``back``, the problem with its times reversed, describes."""
+        call = self.call
+        call.times, call.direction = self.doubles(back.times), self.doubles([back.direction])
+        call.low, call.high = (self.doubles([x]) for x in back.time_bounds)
+        call.end, call.stop_count = back.end, len(back.stops)
+        call.stops = self.doubles([s for s, _ in back.stops])
+        call.stop_jumps = self.of(torch.tensor([jump for _, jump in back.stops], dtype=torch.uint8))
+        call.first_step, call.seminorm = first_step, seminorm
+        if back.grid is not None:
+            call.grid, call.grid_points = self.of(back.grid.contiguous()), len(back.grid)
+        call.input_sizes, call.input_count = self.numbers([x.numel() for x in self.inputs]), len(self.inputs)
+        return self
 
     def __del__(self):
         if getattr(self, "call", None) is not None and self.call.recording:

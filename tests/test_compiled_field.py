@@ -1,15 +1,19 @@
 """A compiled field is its function or Module in all but how it is solved, and notices what has changed in it."""
 
 import copy
+import gc
+import math
 import pickle
 import threading
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from flashode.errors import ArgumentTypeError
+from flashode import odeint
+from flashode.errors import ArgumentError, ArgumentTypeError
 from flashode.program import CompiledField, compile, field
 from flashode.program.captured import Walk
 from flashode.program.trace import trace
@@ -374,7 +378,7 @@ def test_a_program_is_made_once_for_each_kind_of_problem(assembled):
         assert compiled.program(Problem(torch.randn(4, 2)))[0] == 2
         assert compiled.program(Problem(y0, method="bosh3"))[0] == 3
     assert compiled.program(Problem(y0))[0] == 4
-    assert assembled == [False, False, False, True]
+    assert assembled == [None, None, None, "reverse"]
     net.noise = torch.zeros(2)
     program, tensors = compiled.program(Problem(y0))
     assert program == 4 and any(x is net.noise for x in tensors)
@@ -409,3 +413,31 @@ def test_threads_make_one_program(assembled):
     for thread in threads:
         thread.join()
     assert found == [1, 1, 1, 1] and len(assembled) == 1
+
+
+def test_a_call_like_the_one_before_is_not_checked_again_but_its_start_is():
+    field, t = compile(lambda t, y: -y), torch.tensor([0.0, 1.0])
+    for scale in (1.0, 2.0):
+        assert odeint(field, torch.full((3,), scale), t)[-1, 0].item() == pytest.approx(scale * math.exp(-1))
+    with pytest.raises(ArgumentError, match="y0 must be finite"):
+        odeint(field, torch.tensor([1.0, math.nan, 1.0]), t)
+    with pytest.raises(ArgumentError, match="rtol"):
+        odeint(field, torch.ones(3), t, rtol=-1.0)
+    assert odeint(field, torch.ones(4), t).shape == (2, 4)
+    t[1] = 2.0
+    assert odeint(field, torch.ones(3), t)[-1, 0].item() == pytest.approx(math.exp(-2))
+    options = {"first_step": 0.1}
+    odeint(field, torch.ones(3), t, options=options)
+    options["first_step"] = -1.0
+    with pytest.raises(ArgumentError, match="first_step"):
+        odeint(field, torch.ones(3), t, options=options)
+
+
+def test_what_is_remembered_of_a_call_holds_no_graph():
+    field, t, y0 = compile(lambda t, y: -y), torch.tensor([0.0, 1.0]), torch.ones(3, requires_grad=True)
+    start = y0 * 2
+    gone = weakref.ref(start)
+    odeint(field, start, t)
+    del start
+    gc.collect()
+    assert gone() is None

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python/flashode"
 
 # A module imports from modules further up only.
 LAYERS = [
-    ["errors", "tableau", "control", "extension", "outside", "vjp"],
+    ["errors", "tableau", "control", "extension", "outside", "vjp", "first_only"],
     ["interp", "transforms", "methods/options"],
     ["methods/explicit", "methods/implicit", "methods/adams"],
     ["methods/__init__"],
@@ -21,8 +21,6 @@ LAYERS = [
     ["problem"],
     ["augmented"],
     ["solution"],
-    ["program/__init__"],
-    ["program/call", "program/tables"],
     ["engines/element", "engines/clock", "engines/krylov"],
     ["engines/stages"],
     ["batched", "dense", "engines/reference_events"],
@@ -39,7 +37,7 @@ LAYERS = [
     ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/scipy_solver"],
     ["engines/reference_batched", "engines/native_batched", "engines/compiled"],
     ["engines/__init__"],
-    ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart", "adjoint/first_only"],
+    ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
     ["adjoint/reached"],
     ["adjoint/restart", "adjoint/checkpoint"],
     ["adjoint/backsolve"],

@@ -216,12 +216,25 @@ def test_fixed_steps(method, options, direction):
     assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("direction", [1, -1], ids=["forward", "backward"])
+def test_perturbed_steps_see_their_side_of_a_jump(direction):
+    t = torch.tensor([0.25, 0.5, 1.0], dtype=F64)
+    t = t if direction > 0 else t.flip(0)
+    found, expected, _ = gradients("driven", t, method="rk4", options={"perturb": True})
+    assert_equal(found, expected)
+
+
 @pytest.mark.parametrize("samples", [1, 3, 33])
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_any_number_of_samples_and_lanes(samples, lanes):
     for name in ("linear", "oscillator"):
         found, expected, _ = gradients(name, times(), samples=samples, lanes=lanes)
         assert_equal(found, expected)
+
+
+def test_states_of_many_numbers():
+    found, expected, _ = gradients("linear", times(), samples=70, lanes=64)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["linear", "oscillator", "driven"])

@@ -57,13 +57,19 @@ struct Call {
   const double* accepted_times;     // the ends of the accepted steps; of one clock only
   void* recording;                  // to be released by flashode_release, which frees accepted_times too
 
-  // Of the backward pass, and of single evaluations.
+  // Of the backward pass, and of single evaluations. Those of the inputs and of times are added to.
   const void* grad_ys;              // rows like ys
   void* adj_y0;
   void* const* grad_inputs;         // like `inputs`, null where no gradient is wanted
   void* const* grad_own;            // like `own`
   double* grad_t;                   // like `times`; null where no gradient is wanted
   double* grad_grid;                // like `grid`, or null
+
+  // Of a sweep, the continuous adjoint: `times` run back, `ys` and `grad_ys` lie as the solve left them.
+  const int64_t* input_sizes;       // numbers of each of the inputs
+  int64_t input_count;
+  int64_t seminorm;                 // whether integrals are no part of the error
+  double drift, drift_t;            // most that the rebuilt state has parted from the stored one, and when
 };
 
 }  // namespace flashode

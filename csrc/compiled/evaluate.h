@@ -34,7 +34,8 @@ Returned evaluate(const Call& call) {
 template <class Field>
 Returned evaluate_batch(const Call& call) {
   return evaluate_at<Field>(call, [&](int64_t first) {
-    return convert<StateOf<Field>>(gather<TimeOf<Field>>(call, first, call.times, 0, call.times_stride));
+    return convert<StateOf<Field>>(
+        gather<TimeOf<Field>>(call, first, call.times, 0, call.times_stride));
   });
 }
 

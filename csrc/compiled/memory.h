@@ -1,5 +1,5 @@
-// Memory of a solve: work space that is taken once, and lists that grow with the steps. Nothing here
-// throws: what cannot be had is null, and the solve says so.
+// Memory of a solve: work space that is taken once, and lists that grow with the steps. Nothing
+// here throws: what cannot be had is null, and the solve says so.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
-// A whole solve of samples with clocks of their own. The samples of a tile try a step at the same time,
-// each its own, until the last of them has ended; a lane that rests repeats its state. The same
-// decisions as csrc/torch/batched.cpp, by sample.
+// A whole solve of samples with clocks of their own. The samples of a tile try a step at the same
+// time, each its own, until the last of them has ended; a lane that rests repeats its state. The
+// same decisions as csrc/torch/batched.cpp, by sample.
 #pragma once
 
+#include "dense.h"
 #include "tile.h"
 
 namespace flashode {
@@ -162,7 +163,8 @@ class TileSolver {
     return lane_is_finite(l, tile_.y1) ? kNonfiniteError : kNonfiniteState;
   }
 
-  // Hairer, Norsett, Wanner I, II.4: an Euler step of moderate length shows how fast the field changes.
+  // Hairer, Norsett, Wanner I, II.4: an Euler step of moderate length shows how fast the field
+  // changes.
   FLASHODE_BOTH void start() {
     started = true;
     tile_.slope(clock_.time(0, 0), tile_.y0, tile_.k);
@@ -171,8 +173,8 @@ class TileSolver {
       return;
     }
     const V *const y0 = tile_.y0, *const k = tile_.k;
-    const Times d0 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, y0[f], y0); });
-    const Times d1 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, k[f], y0); });
+    const Times d0 = norms<Times>(tile_.relative([=](int64_t f) { return y0[f]; }));
+    const Times d1 = norms<Times>(tile_.relative([=](int64_t f) { return k[f]; }));
     ratio_ = select(running_, d1, ratio_);
     for (int l = 0; l < L; ++l) {
       if (!lane(running_, l) || is_finite(lane(d1, l))) continue;
@@ -185,7 +187,8 @@ class TileSolver {
     const Times h0 = select(span < guess, span, guess);
     clock_.set(select(running_, h0, 0.0), clock_.t0 + h0);
     tile_.template evaluate<EulerRow>(clock_, 1, 0, 1, nullptr);
-    const Times d2 = norms<Times>([&](const auto& tolerance, int64_t f) { return tile_.scaled(tolerance, f, k[Field::width + f] - k[f], y0); }) / h0;
+    const Times d2 =
+        norms<Times>(tile_.relative([=](int64_t f) { return k[Field::width + f] - k[f]; })) / h0;
     dt_ = select(running_, initial_step(h0, d1, d2, Method::order), dt_);
   }
 
@@ -230,7 +233,8 @@ class TileSolver {
     if (any(lost) || has_cause_) blame(lost);
   }
 
-  // Trials whose errors are not finite. A sample goes on with shorter ones, unless that cannot help.
+  // Trials whose errors are not finite. A sample goes on with shorter ones, unless that cannot
+  // help.
   FLASHODE_BOTH void blame(const Lanewise& lost) {
     has_cause_ = any(lost);
     for (int l = 0; l < L; ++l) {
@@ -238,7 +242,8 @@ class TileSolver {
     }
     Times hopeless = zero<Times>();
     for (int l = 0; l < L; ++l) {
-      if (!lane(lost, l) || (lane_is_finite(l, tile_.k) && Real(lane(clock_.dt, l)) > Real(call_.min_step))) {
+      if (!lane(lost, l) ||
+          (lane_is_finite(l, tile_.k) && Real(lane(clock_.dt, l)) > Real(call_.min_step))) {
         continue;
       }
       set_lane(hopeless, l, 1);
@@ -261,14 +266,16 @@ class TileSolver {
     const V per_length = Real(1) / convert<V>(clock_.t1 - clock_.t0);
     while (any(due)) {
       dense.at(convert<V>(next_ - clock_.t0) * per_length, y);
-      for (int64_t f = 0; f < Field::width; ++f) y[f] = select(mask_of<V>(inside), y[f], tile_.y1[f]);
+      for (int64_t f = 0; f < Field::width; ++f)
+        y[f] = select(mask_of<V>(inside), y[f], tile_.y1[f]);
       if (extends_) refuse_nonfinite(due, y);
       Real* const rows = static_cast<Real*>(call_.ys);
       for (uint64_t left = lanes_set(due); left; left &= left - 1) {
         const int l = first_lane(left);
         const int64_t b = tile_.first + l, row = filled_[l]++;
         Real* const to = rows + row * call_.row;
-        for (int64_t f = 0; f < Field::width; ++f) to[call_.offset[f] + b * call_.stride[f]] = lane(y[f], l);
+        for (int64_t f = 0; f < Field::width; ++f)
+          to[call_.offset[f] + b * call_.stride[f]] = lane(y[f], l);
         const double* const times = call_.times + b * call_.times_stride;
         set_lane(next_, l, row + 1 < call_.outputs ? times[row + 1] : INFINITY);
       }
@@ -319,7 +326,8 @@ class TileSolver {
       call_.error_ratio[b] = lane(ratio_, l);
       if (lane(ran_, l)) write_lane(l, tile_.y0, call_.y_end);
       for (int64_t row = filled_[l]; row < call_.outputs; ++row) {
-        for (int64_t f = 0; f < Field::width; ++f) output(row)[call_.offset[f] + b * call_.stride[f]] = Real(NAN);
+        for (int64_t f = 0; f < Field::width; ++f)
+          output(row)[call_.offset[f] + b * call_.stride[f]] = Real(NAN);
       }
     }
   }

@@ -7,4 +7,5 @@
 #include "pull_back.h"
 #include "reverse.h"
 #include "reverse_batch.h"
+#include "sweep.h"
 #include "tiles.h"

@@ -46,8 +46,9 @@ class Record final : public Recording {
   Rows<V> states_;
 };
 
-// Accepted steps of one tile whose samples have clocks of their own. Every lane counts its own steps:
-// it takes part in row n where n < count[lane]. Elsewhere a row holds a step that can be taken.
+// Accepted steps of one tile whose samples have clocks of their own. Every lane counts its own
+// steps: it takes part in row n where n < count[lane]. Elsewhere a row holds a step that can be
+// taken.
 template <class Field>
 class TileRecord {
  public:
@@ -60,7 +61,8 @@ class TileRecord {
 
   TileRecord() : states_(2 * Field::width) {}
 
-  // Adds the step of one lane, of which `y0` and `f0` hold the numbers; false if there is no memory.
+  // Adds the step of one lane, of which `y0` and `f0` hold the numbers; false if there is no
+  // memory.
   bool add(int l, double t0, double t1, double dt, const V* y0, const V* f0) {
     const int64_t n = count[l];
     if (n == size() && !add_row(t0, t1, dt, y0, f0)) return false;

@@ -1,7 +1,8 @@
-// A whole solve where all samples share one clock: adaptive steps with one size for all, or the steps
-// of a grid. The same decisions as csrc/torch/driver.cpp, in the same order.
+// A whole solve where all samples share one clock: adaptive steps with one size for all, or the
+// steps of a grid. The same decisions as csrc/torch/driver.cpp, in the same order.
 #pragma once
 
+#include "dense.h"
 #include "tile.h"
 
 namespace flashode {
@@ -32,8 +33,9 @@ class Solve {
 
   // What the call returns; how the solve ended is written into the call.
   FLASHODE_HD Returned run() {
-    tiles_.for_each(
-        [=, call = &call_](const Part& tile, int64_t) { store_state<Field>(*call, tile.first, tile.y0, call->ys); });
+    tiles_.for_each([=, call = &call_](const Part& tile, int64_t) {
+      store_state<Field>(*call, tile.first, tile.y0, call->ys);
+    });
     if (call_.outputs > 1) {
       if constexpr (Method::adaptive) start();
       while (status_ == kRunning && returned_ == kDone && filled_ < call_.outputs) {
@@ -64,17 +66,17 @@ class Solve {
     });
   }
 
-  // Hairer, Norsett, Wanner I, II.4: an Euler step of moderate length shows how fast the field changes.
+  // Hairer, Norsett, Wanner I, II.4: an Euler step of moderate length shows how fast the field
+  // changes.
   FLASHODE_HD void start() {
     evaluate_f0(0);
     dt_ = call_.first_step;
     if (dt_ == dt_) return;
     const double d0 = tiles_.norm([](const Part& tile) {
-      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.y0[f], tile.y0); };
+      return tile.relative([y0 = tile.y0](int64_t f) { return y0[f]; });
     });
-    const double d1 = tiles_.norm([](const Part& tile) {
-      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.k[f], tile.y0); };
-    });
+    const double d1 = tiles_.norm(
+        [](const Part& tile) { return tile.relative([f0 = tile.k](int64_t f) { return f0[f]; }); });
     if (!is_finite(d1)) {
       error_ratio_ = d1;
       status_ = kNonfiniteField;
@@ -87,7 +89,7 @@ class Solve {
     ++nfe_;
     const double difference = tiles_.norm([clock = clock_](const Part& tile) {
       tile.template evaluate<EulerRow>(clock, 1, 0, 1, nullptr);
-      return [&tile](const auto& tolerance, int64_t f) { return tile.scaled(tolerance, f, tile.k[Part::width + f] - tile.k[f], tile.y0); };
+      return tile.relative([f0 = tile.k](int64_t f) { return f0[Part::width + f] - f0[f]; });
     });
     dt_ = initial_step(h0, d1, difference / h0, Method::order);
   }
@@ -143,7 +145,8 @@ class Solve {
       return;
     }
     ++rejected_;
-    if (!is_finite(norm) && (clock_.dt <= call_.min_step || !f0_is_finite())) status_ = kNonfiniteField;
+    if (!is_finite(norm) && (clock_.dt <= call_.min_step || !f0_is_finite()))
+      status_ = kNonfiniteField;
   }
 
   FLASHODE_HD bool f0_is_finite() const {

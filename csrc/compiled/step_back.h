@@ -66,6 +66,9 @@ struct StepBack {
   static constexpr int64_t size =
       slopes * (4 * width + kept_width) + 4 * width + 2 * Field::own + Field::scratch;
 
+  // Cotangents of so few numbers need not go through memory.
+  static constexpr bool is_small = width * int64_t(sizeof(V)) <= 1024;
+
   const Real* prepared;
   V* lane_sums;  // gradients of what samples share are added to these and to `sums`
   Real* sums;
@@ -74,7 +77,7 @@ struct StepBack {
   V *y, *k, *kept;  // of every stage; the first state is y0
   V *adj_y;         // of every stage, then that of the result: between steps the one of the state
   V *adj_f;         // of the slope that one step hands to the next
-  V *adj_k, *adj_outputs, *adj_inside, *own, *adj_own, *scratch;
+  V *adj_slope, *adj_outputs, *adj_inside, *own, *adj_own, *scratch;
   const V* y0;
   V start, end;     // cotangents of the times of the step's ends
 
@@ -83,7 +86,7 @@ struct StepBack {
     const auto take = [&](int64_t n) { return space += n, space - n; };
     y = take(slopes * width), k = take(slopes * width), kept = take(slopes * kept_width);
     adj_y = take((slopes + 1) * width), adj_outputs = take(slopes * width);
-    adj_f = take(width), adj_k = take(width), adj_inside = take(width);
+    adj_f = take(width), adj_slope = take(width), adj_inside = take(width);
     own = take(Field::own), adj_own = take(Field::own), scratch = take(Field::scratch);
   }
 
@@ -187,10 +190,9 @@ struct StepBack {
   template <bool dense, class Clock>
   FLASHODE_HD void pull_all(const Clock& clock, Nudges nudges, bool opens, bool hands_on) {
     pull_stages<(dense ? slopes : stages) - 1, dense>(clock, nudges.end, hands_on);
-    gather<0, dense>(clock.step());
-    for (int64_t f = 0; f < width; ++f) adj_f[f] = adj_k[f];
+    gather<0, dense>(clock.step(), adj_f);
     if (opens) {
-      pull_back(0, clock.time(0, nudges.begin), y0, adj_y, 0);
+      pull_back(0, clock.time(0, nudges.begin), y0, adj_f, adj_y, 0);
     } else {
       clear(adj_y, width);
     }
@@ -208,13 +210,15 @@ struct StepBack {
       constexpr bool is_extra = i >= stages, is_result = Method::fsal && i == last;
       V* const adj_i = adj_y + i * width;
       const bool is_handed_on = i == last && hands_on;
+      V local[is_small ? width : 1];
+      V* const adj_k = is_small ? local : adj_slope;
       if (is_handed_on || !Column<Method, i, dense>::is_empty()) {
-        gather<i, dense>(clock.step());
+        gather<i, dense>(clock.step(), adj_k);
         if (is_handed_on) {
           for (int64_t f = 0; f < width; ++f) adj_k[f] = adj_k[f] + adj_f[f];
         }
         const double c = node<i>();
-        pull_back(i, clock.time(c, c == 1 && !is_extra ? nudge_at_end : 0), y + i * width, adj_i, c);
+        pull_back(i, clock.time(c, c == 1 && !is_extra ? nudge_at_end : 0), y + i * width, adj_k, adj_i, c);
       } else {
         clear(adj_i, width);
       }
@@ -233,10 +237,10 @@ struct StepBack {
     }
   }
 
-  // adj_k, that of slope j, from the states it went into. The product with the slope is its part of
+  // adj_k, the cotangent of slope j, from the states it went into. The product with the slope is its part of
   // the cotangent of the length.
   template <int j, bool dense>
-  FLASHODE_HD void gather(const V& step) {
+  FLASHODE_HD void gather(const V& step, V* adj_k) {
     V product = zero<V>();
     for (int64_t f = 0; f < width; ++f) {
       V total = sum_of_terms<Column<Method, j, dense>, width>(adj_y + f);
@@ -249,7 +253,7 @@ struct StepBack {
 
   // adj_k through the evaluation at c of the step, which moves with both ends.
   template <class Time>
-  FLASHODE_HD void pull_back(int i, const Time& t, const V* y_i, V* adj_y_i, double c) {
+  FLASHODE_HD void pull_back(int i, const Time& t, const V* y_i, const V* adj_k, V* adj_y_i, double c) {
     V adj_t = zero<V>();
     Field::pull_back(prepared, own, t, y_i, kept + i * kept_width, adj_k, adj_y_i, &adj_t, adj_own,
                      lane_sums, sums, scratch);

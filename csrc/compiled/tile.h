@@ -1,6 +1,6 @@
 // A tile: L samples worked on together. Where their numbers lie in the caller's arrays and in work
-// space, one trial step of a Runge-Kutta method, and dense output. Sums over stages are unrolled when
-// a program is compiled, without the terms whose weight is zero.
+// space, and one trial step of a Runge-Kutta method. Sums over stages are unrolled
+// when a program is compiled, without the terms whose weight is zero.
 #pragma once
 
 #include "../kernels/clock.h"
@@ -33,7 +33,8 @@ FLASHODE_HD int live_lanes(const Call& call, int64_t first) {
 
 // One number of the samples from `first` on; lanes beyond the last sample repeat it.
 template <class V>
-FLASHODE_HD V gather(const Call& call, int64_t first, const void* from, int64_t offset, int64_t stride) {
+FLASHODE_HD V gather(const Call& call, int64_t first, const void* from, int64_t offset,
+                     int64_t stride) {
   V v;
   for (int l = 0; l < lanes_of<V>; ++l) {
     const int64_t b = first + l < call.samples ? first + l : call.samples - 1;
@@ -52,13 +53,15 @@ FLASHODE_HD void load_state(const Call& call, int64_t first, const void* state, 
 template <class Field>
 FLASHODE_HD void load_own(const Call& call, int64_t first, StateOf<Field>* own) {
   for (int64_t r = 0; r < Field::own; ++r) {
-    own[r] = gather<StateOf<Field>>(call, first, call.own[r], call.own_offset[r], call.own_stride[r]);
+    own[r] =
+        gather<StateOf<Field>>(call, first, call.own[r], call.own_offset[r], call.own_stride[r]);
   }
 }
 
 // Writes a tile's states into a state of the caller's, which is laid out like y0.
 template <class Field>
-FLASHODE_HD void store_state(const Call& call, int64_t first, const StateOf<Field>* y, void* state) {
+FLASHODE_HD void store_state(const Call& call, int64_t first, const StateOf<Field>* y,
+                             void* state) {
   using Real = typename Field::Real;
   const int live = live_lanes<Field>(call, first);
   for (int64_t f = 0; f < Field::width; ++f) {
@@ -161,8 +164,8 @@ struct EachTolerance {
   FLASHODE_HD const V& atol(int64_t f) const { return absolute[f]; }
 };
 
-// Sums of the squares of error(f) over the numbers of one member, one for each lane. A single system
-// has several sums in a row, or each number would wait for the one before.
+// Sums of the squares of error(f) over the numbers of one member, one for each lane. A single
+// system has several sums in a row, or each number would wait for the one before.
 template <class Field, class Error>
 FLASHODE_HD TimeOf<Field> sum_of_squares(const Error& error, int64_t begin, int64_t end) {
   using Sum = TimeOf<Field>;
@@ -210,10 +213,10 @@ struct Tile {
 
   const Call* call;
   const Real* prepared;
-  int64_t first;       // sample
-  V *y0, *y1, *k;      // slope j of number f is k[j * width + f]
+  int64_t first;   // sample
+  V *y0, *y1, *k;  // slope j of number f is k[j * width + f]
   V *stage, *own, *scratch;
-  V *rtol, *atol;      // of every number; both null where one serves for all
+  V *rtol, *atol;  // of every number; both null where one serves for all
 
   // Numbers of work space that a tile needs for itself, and that it may share.
   FLASHODE_HD static constexpr int64_t own_size(bool has_each) {
@@ -268,7 +271,8 @@ struct Tile {
     if constexpr (i < Method::stages) {
       constexpr double c = Method::c[i];
       constexpr bool is_result = Method::fsal && i == Method::stages - 1;
-      evaluate<StageRow<Method, i>>(clock, c, c == 1 ? nudge_at_end : 0, i, is_result ? y1 : nullptr);
+      evaluate<StageRow<Method, i>>(clock, c, c == 1 ? nudge_at_end : 0, i,
+                                    is_result ? y1 : nullptr);
       take_step<i + 1>(clock, nudge_at_end);
     } else if constexpr (!Method::fsal) {
       const V step = clock.step();
@@ -294,18 +298,28 @@ struct Tile {
     return scaled_error(error, y0[f], end[f], tolerance.rtol(f), tolerance.atol(f));
   }
   template <class Tolerance, class Clock>
-  FLASHODE_HD V scaled_error_of_step(const Tolerance& tolerance, int64_t f, const Clock& clock) const {
+  FLASHODE_HD V scaled_error_of_step(const Tolerance& tolerance, int64_t f,
+                                     const Clock& clock) const {
     return scaled(tolerance, f, clock.step() * sum_of_terms<ErrorRow<Method>, width>(k + f), y1);
   }
 
-  // visit(m, sum) with the sums over every member of the squares of error(tolerance, f), one for each
-  // lane.
+  // The error of numbers that are no step's, relative to y0 alone.
+  template <class Value>
+  FLASHODE_HD auto relative(const Value& value) const {
+    return [this, value](const auto& tolerance, int64_t f) {
+      return scaled(tolerance, f, value(f), y0);
+    };
+  }
+
+  // visit(m, sum) with the sums over every member of the squares of error(tolerance, f), one for
+  // each lane.
   template <class Error, class Visit>
   FLASHODE_HD void for_each_member(const Error& error, const Visit& visit) const {
     if (rtol) {
       visit_members(EachTolerance<V>{rtol, atol}, error, visit);
     } else {
-      visit_members(OneTolerance<V>{splat<V>(Real(call->rtol)), splat<V>(Real(call->atol))}, error, visit);
+      visit_members(OneTolerance<V>{splat<V>(Real(call->rtol)), splat<V>(Real(call->atol))}, error,
+                    visit);
     }
   }
 
@@ -327,102 +341,14 @@ struct Tile {
 
  private:
   template <class Tolerance, class Error, class Visit>
-  FLASHODE_HD void visit_members(const Tolerance& tolerance, const Error& error, const Visit& visit) const {
+  FLASHODE_HD void visit_members(const Tolerance& tolerance, const Error& error,
+                                 const Visit& visit) const {
     const auto of_number = [&](int64_t f) { return error(tolerance, f); };
     if (call->member_count == 1) return visit(0, sum_of_squares<Field>(of_number, 0, width));
     for (int64_t m = 0; m < call->member_count; ++m) {
       visit(m, sum_of_squares<Field>(of_number, call->members[m], call->members[m + 1]));
     }
   }
-};
-
-// ---- dense output ------------------------------------------------------------------------------
-
-// w_j(x) by Horner's rule.
-template <class Method, int j, int power = Method::degree - 1, class X>
-FLASHODE_HD X dense_weight(const X& x, const X& w = zero<X>()) {
-  constexpr double weight = Method::weights[j][power];
-  const X next = (w + real_of<X>(weight)) * x;
-  if constexpr (power == 0) {
-    return next;
-  } else {
-    return dense_weight<Method, j, power - 1>(x, next);
-  }
-}
-
-template <class Method, int j>
-FLASHODE_HD constexpr bool has_dense_weight() {
-  for (int power = 0; power < Method::degree; ++power) {
-    if (Method::weights[j][power] != 0) return true;
-  }
-  return false;
-}
-
-// The solution within a step. Few numbers are made polynomials once a step; for many the weights of
-// the slopes are worked out for each output.
-template <class Field, class Method>
-class DenseOutput {
- public:
-  using V = StateOf<Field>;
-  static constexpr int64_t width = Field::width;
-
-  template <class Clock>
-  FLASHODE_HD DenseOutput(const Tile<Field, Method>& tile, const Clock& clock)
-      : tile_(tile), step_(clock.step()) {
-    if constexpr (is_short) make_coefficients<0>();
-  }
-
-  // y at part x of the step.
-  FLASHODE_HD void at(const V& x, V* y) const {
-    if constexpr (is_short) {
-      for (int64_t f = 0; f < width; ++f) {
-        V sum = zero<V>();
-        for (int p = Method::degree - 1; p >= 0; --p) sum = (sum + coefficient_[p * width + f]) * x;
-        y[f] = tile_.y0[f] + sum;
-      }
-    } else {
-      V w[Tile<Field, Method>::slopes];
-      make_weights<0>(x, w);
-      for (int64_t f = 0; f < width; ++f) {
-        y[f] = add_term(tile_.y0[f], step_, weighted<0>(w, tile_.k + f, zero<V>()));
-      }
-    }
-  }
-
- private:
-  static constexpr bool is_short = width <= 4;
-
-  template <int power>
-  FLASHODE_HD void make_coefficients() {
-    if constexpr (power < Method::degree) {
-      for (int64_t f = 0; f < width; ++f) {
-        coefficient_[power * width + f] =
-            step_ * sum_of_terms<DenseRow<Method, power>, width>(tile_.k + f);
-      }
-      make_coefficients<power + 1>();
-    }
-  }
-  template <int j>
-  FLASHODE_HD static void make_weights(const V& x, V* w) {
-    if constexpr (j < Tile<Field, Method>::slopes) {
-      if constexpr (has_dense_weight<Method, j>()) w[j] = dense_weight<Method, j>(x);
-      make_weights<j + 1>(x, w);
-    }
-  }
-  template <int j>
-  FLASHODE_HD static V weighted(const V* w, const V* k, const V& total) {
-    if constexpr (j == Tile<Field, Method>::slopes) {
-      return total;
-    } else if constexpr (has_dense_weight<Method, j>()) {
-      return weighted<j + 1>(w, k, add_term(total, w[j], k[j * width]));
-    } else {
-      return weighted<j + 1>(w, k, total);
-    }
-  }
-
-  const Tile<Field, Method>& tile_;
-  const V step_;
-  V coefficient_[is_short ? Method::degree * width : 1];
 };
 
 }  // namespace flashode

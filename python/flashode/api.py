@@ -168,7 +168,7 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, pro
     require_progress(progress)
     if batched.asked_for(options):
         batched.require_one_clock(progress, dense)
-        problem = batched.BatchProblem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+        problem = _problem(batched.BatchProblem, func, y0, t, rtol, atol, method, options, event_fn, args)
         outcome, name = solve_batch(problem, engine)
         return problem, batched.finish(problem, outcome, name, throw)
     problem = _checked(func, y0, t, rtol, atol, method, options, event_fn, args)
@@ -183,10 +183,16 @@ def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, pro
 
 
 def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Problem:
-    problem = Problem.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)
+    problem = _problem(Problem, func, y0, t, rtol, atol, method, options, event_fn, args)
     if problem.adaptive and event_fn is None:
         warn_of_idle_stops(options, problem.t)
     return problem
+
+
+def _problem(kind, func, *call):
+    if isinstance(func, CompiledField) and isinstance(call[1], torch.Tensor) and isinstance(call[5] or {}, dict):
+        return func.checked(kind, *call)
+    return kind.from_call(func, *call)
 
 
 def _returned(event_fn, problem: Problem, solution: Solution):

@@ -120,6 +120,10 @@ class BatchProblem(Problem):
         """``y0``, with a mate in place of samples that are not usable: what ``func`` sees."""
         return self.flat(with_mates(self.rows(self.y0.detach()), self.usable))
 
+    def look_at_start(self):
+        """Which samples can be solved."""
+        vars(self)["usable"] = torch.isfinite(self.rows(self.y0.detach())).all(1).cpu()
+
     def of_samples(self, count: int) -> BatchProblem:
         """The same problem for fewer samples, as `slope` and `unflatten` see it."""
         shapes = None if self.shapes is None else tuple((count, *s[1:]) for s in self.shapes)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from .adjoint.first_only import first_only
 from .errors import ArgumentError
 from .events import Event, event_values
+from .first_only import first_only
 from .problem import Problem
 from .transforms import active
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -136,6 +137,31 @@ class Problem:
     def norm_offsets(self) -> list[int]:
         """`offsets` of the members that the norm covers."""
         return self.offsets if self.counted is None else self.offsets[: self.counted + 1]
+
+    def again(self, y0, args) -> Problem | None:
+        """The same problem from another start and with other ``args``; None if the start is of another kind."""
+        y0, shapes, dtypes = arguments.flat_state(y0)
+        mine = self.y0
+        if (y0.shape, y0.dtype, y0.device, shapes, dtypes) != (
+            mine.shape, mine.dtype, mine.device, self.shapes, self.dtypes,
+        ):  # fmt: skip
+            return None
+        arguments.require_tuple(args)
+        problem = copy.copy(self)  # with what was derived of times and tolerances
+        vars(problem).update(y0=y0, args=args)
+        vars(problem).pop("differentiates_time", None)
+        problem.look_at_start()
+        return problem
+
+    def released(self) -> Problem:
+        """The same without what the caller may want to be rid of: graphs behind the start, and ``args``."""
+        problem = copy.copy(self)
+        vars(problem).update(y0=self.y0.detach(), args=())
+        return problem
+
+    def look_at_start(self):
+        """Refuses a start that is not finite."""
+        arguments.require_finite(self.y0, self.shapes, self.method)
 
     def unflatten(self, y: torch.Tensor, batch: int = 0):
         """The caller's view of a flat state with ``batch`` leading dimensions."""

@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 
 from ..augmented import Path
-from ..engines import ENGINES, choose
+from ..engines import ENGINES
 from ..errors import ArgumentError
+from ..first_only import first_only
 from ..problem import Problem
 from ..progress import shown
 from ..solution import Solution, finish
 from . import backsolve, checkpoint
 from .apart import apart
-from .first_only import first_only
 from .spec import AdjointSpec, Record
 
 _MODES = {"backsolve": backsolve, "interpolated": backsolve, "checkpoint": checkpoint}
@@ -71,9 +71,6 @@ class _Adjoint(torch.autograd.Function):
             outcome = ENGINES[engine].solve(watched, recording)
         solution = finish(problem, outcome, engine, throw=True)
         result.append(solution)
-        if engine == "compiled":  # there is no program for the way back of this mode: it calls func itself
-            problem = replace(problem, func=problem.func.func)
-            engine = choose(problem, "auto")
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
         ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
         ctx.autocast = _autocast(problem.y0.device.type)

@@ -18,7 +18,7 @@ from . import compiled, native, native_batched, reference, reference_batched, re
 
 ENGINES = {"native": native, "reference": reference, "scipy": scipy_solver, "compiled": compiled}
 BATCH_ENGINES = {"native": native_batched, "reference": reference_batched, "compiled": compiled}
-SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep}
+SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep, "compiled": compiled.sweep}
 
 
 def choose(problem: Problem, engine: str, engines=ENGINES):
@@ -32,7 +32,7 @@ def choose(problem: Problem, engine: str, engines=ENGINES):
         return next(name for name, e in engines.items() if e.supports(problem) is None)
     reason = engines[engine].supports(problem)
     if reason is not None:
-        remedy = "; engine='native' and 'reference' call the field as it is" if engine == "compiled" else ""
+        remedy = f"; {compiled.WAY_OUT}" if engine == "compiled" else ""
         raise ArgumentError(f"the {engine} engine cannot serve this call: {reason}{remedy}")
     return engine
 

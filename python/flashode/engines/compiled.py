@@ -12,17 +12,19 @@ from dataclasses import replace
 import torch
 
 from .. import transforms
-from ..augmented import Path
+from ..augmented import Augmented, Gradients, Path
 from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError, CompileError, Status, StepFailure
+from ..first_only import first_only
 from ..problem import Problem
 from ..program import NO_GRADIENTS, CompiledField, Program, cuda, example
-from ..program.call import Call, Interrupted, Returned
+from ..program.call import Call, Returned, interruption
 from ..progress import Progress
 from ..solution import Outcome
 from . import reference
 from .on_device import OnDevice
 
+WAY_OUT = "engine='native' and 'reference' call the field as it is"
 _POINTER = ctypes.c_void_p
 
 
@@ -46,7 +48,7 @@ def supports(problem: Problem) -> str | None:
     if p.events:
         return "event functions are Python, and are not called from programs"
     if any(callback is not None for callback in p.callbacks):
-        what = "a progress bar" if isinstance(p.callbacks[0], Progress) else "callbacks"
+        what = "a progress bar" if any(isinstance(c, Progress) for c in p.callbacks) else "callbacks"
         return f"{what} cannot be called from programs"
     if p.norm is not None:
         return "options['norm'] is Python, and is not called from programs"
@@ -60,6 +62,8 @@ def solve(problem: Problem, recording=None, params=None) -> Outcome:
     ``func`` captured or to those among ``params``."""
     if isinstance(recording, Path):
         raise ArgumentError("the compiled engine keeps no dense output: solve with func itself, uncompiled")
+    if any(isinstance(callback, Progress) for callback in problem.callbacks):
+        raise ArgumentError(f"the compiled engine cannot serve this call: {supports(problem)}; {WAY_OUT}")
     program, inputs = problem.func.program(problem)
     if not program.checked:
         check(problem, program, inputs)
@@ -76,21 +80,8 @@ def solve_batch(problem: BatchProblem) -> BatchOutcome:
 # ---- calls ---------------------------------------------------------------------------------
 
 
-@Interrupted
-def _interrupted() -> int:
-    """Whether Ctrl-C was pressed; a program that is told so ends at once."""
-    try:
-        ctypes.pythonapi.PyErr_CheckSignals()
-    except BaseException as error:
-        _Run.interruption = error
-        return 1
-    return 0
-
-
 class _Run:
     """One problem as a program is called with it. Keeps alive what the call points to."""
-
-    interruption: BaseException | None = None
 
     def __init__(self, problem: Problem, program: Program, inputs):
         self.p, self.program = problem, program
@@ -147,7 +138,7 @@ class _Run:
         call.first_step = math.nan if p.first_step is None else p.first_step
         call.max_num_steps, call.perturb = p.max_num_steps, p.perturb
         call.threads = torch.get_num_threads()
-        call.interrupted = _interrupted
+        call.interrupted, self.raised = interruption()
 
     def set_times(self):
         call, p = self.call, self.p
@@ -175,11 +166,17 @@ class _Run:
             call.grid, call.grid_points = grid.data_ptr(), len(grid)
 
     def set_results(self):
-        n, call = (self.call.samples if self.batched else 1), self.call
-        self.whole, self.real = ((of * (rows * n))() for of, rows in ((ctypes.c_int64, 4), (ctypes.c_double, 3)))
-        whole, real, row = ctypes.addressof(self.whole), ctypes.addressof(self.real), 8 * n
-        call.status, call.accepted, call.rejected, call.filled = (whole + i * row for i in range(4))
-        call.t, call.dt, call.error_ratio = (real + i * row for i in range(3))
+        call = self.call
+        if self.batched:
+            n = call.samples
+            self.whole, self.real = torch.empty((4, n), dtype=torch.int64), torch.empty((3, n), dtype=torch.float64)
+            whole, real = self.whole.data_ptr(), self.real.data_ptr()
+        else:
+            n = 1
+            self.whole, self.real = (ctypes.c_int64 * 4)(), (ctypes.c_double * 3)()
+            whole, real = ctypes.addressof(self.whole), ctypes.addressof(self.real)
+        call.status, call.accepted, call.rejected, call.filled = (whole + 8 * n * i for i in range(4))
+        call.t, call.dt, call.error_ratio = (real + 8 * n * i for i in range(3))
 
     def execute(self, name: str):
         """Calls an entry of the program."""
@@ -187,8 +184,7 @@ class _Run:
         returned = self.program.entries[name](ctypes.byref(self.call))
         self.program.spend(name, time.perf_counter() - began)
         if returned == Returned.INTERRUPTED:
-            error, _Run.interruption = _Run.interruption, None
-            raise error or KeyboardInterrupt
+            raise self.raised[0]
         if returned == Returned.OUT_OF_MEMORY:
             raise MemoryError(
                 "not enough memory for the steps of this solve, which its backward pass needs: solve under "
@@ -208,7 +204,9 @@ class _Run:
         """Gradients of the start and of the inputs, None for those that have none; of the times in place."""
         call, program = self.call, self.program
         adj_y0 = torch.zeros_like(self.y0)
-        grads = [torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(self.inputs)]
+        grads = [
+            torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(self.inputs)
+        ]
         call.grad_ys, call.adj_y0 = self.array(grad_ys, program.dtype).data_ptr(), adj_y0.data_ptr()
         call.grad_inputs = self.addresses(grads)
         call.grad_own = self.addresses([grads[i] for i, _, _ in program.own])
@@ -231,26 +229,68 @@ class _Run:
         if accepted:
             times.frombytes(ctypes.string_at(self.call.accepted_times, times.itemsize * accepted))
         outcome = Outcome(
-            Status(status), self.ys, self.call.nfe, accepted, rejected, times, t, dt, error_ratio, y1=self.y_end
+            Status(status),
+            self.ys,
+            self.call.nfe,
+            accepted,
+            rejected,
+            times,
+            t,
+            dt,
+            error_ratio,
+            y1=self.y_end,
         )
         if not outcome.status.ok:
             self.find_culprit(outcome)
         return outcome
 
     def batch_outcome(self) -> BatchOutcome:
-        status, accepted, rejected, filled = torch.as_tensor(self.whole, dtype=torch.int64).view(4, -1)
-        t, dt, error_ratio = torch.as_tensor(self.real, dtype=torch.float64).view(3, -1)
+        (status, accepted, rejected, filled), (t, dt, error_ratio) = self.whole, self.real
         return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
 
     def find_culprit(self, outcome: Outcome):
-        """The slopes of the last trial step: taken again, uncompiled, from the last good state."""
+        """The slopes of the last trial step: taken again, uncompiled, from the last good state.
+
+        Its length is the one that is tried next, or where that is too short to be tried, the one before it.
+        """
         run = reference.Run(self.p)
         run.t0, run.y0 = outcome.t, self.y_end
         with torch.no_grad(), contextlib.suppress(StepFailure):
             f0 = run.call(run.t0, run.y0)
             outcome.k, outcome.y1 = [f0], run.y0
-            if math.isfinite(outcome.dt) and outcome.dt > 0 and torch.isfinite(f0).all():
-                outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + outcome.dt, outcome.dt, None)
+            for dt in (outcome.dt, outcome.dt / self.p.control.dfactor):
+                if not (math.isfinite(dt) and dt > 0 and torch.isfinite(f0).all()):
+                    return
+                outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + dt, dt, None)
+                if not all(torch.isfinite(x).all() for x in (*outcome.k, outcome.y1)):
+                    return
+
+
+def sweep(augmented: Augmented) -> Gradients:
+    """The backward solve, from the last output back to the first: `engines.reference_sweep.sweep`."""
+    g, p = augmented, augmented.problem
+    program, inputs = p.func.program(p, "sweep")
+    if not program.checked:
+        check(p, program, inputs)
+    run = _Run(p, program, inputs)
+    call = run.call
+    ys = run.array(g.ys, program.dtype)
+    call.ys, call.seminorm = ys.data_ptr(), g.seminorm
+    call.first_step = math.nan if g.first_step is None else g.first_step
+    call.input_sizes = run.numbers([x.numel() for x in inputs], ctypes.c_int64)
+    call.input_count = len(inputs)
+    grad_t = torch.zeros(len(p.times), dtype=torch.float64) if g.needs_t else None
+    adj_y, grads = run.pull_back("sweep", g.grad_ys, grad_t)
+    found = {id(x): grad for x, grad in zip(inputs, grads) if grad is not None}
+    adj_params = [
+        found[id(param)].to(param.dtype) if id(param) in found else torch.zeros_like(param) for param in g.params
+    ]
+    (status, accepted, rejected, _), (t, dt, error_ratio) = run.whole, run.real
+    vjp_t = torch.zeros((), dtype=program.dtype) if grad_t is None else grad_t[0].to(program.dtype)
+    return Gradients(
+        Status(status), vjp_t, adj_y, adj_params, call.nfe, accepted, rejected, t, dt, error_ratio,
+        drift=call.drift, drift_t=call.drift_t,
+    )  # fmt: skip
 
 
 class _DeviceRun(OnDevice, _Run):
@@ -274,6 +314,8 @@ def check(problem: Problem, program: Program, inputs):
     noise = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
     y = y + 0.01 * (1 + y.abs()) * noise  # a start is often at zero, where much is alike
     run = _run(replace(problem, y0=y), program, inputs)
+    run.call.times = run.array(t, torch.float64).data_ptr()  # as func sees them
+    run.call.times_stride = int(run.batched)
     run.execute("evaluate")
     backward = program.differentiable is not None
     with torch.inference_mode(False), torch.set_grad_enabled(backward):
@@ -286,7 +328,7 @@ def check(problem: Problem, program: Program, inputs):
             grads = [None] * (2 + len(wanted))
             if f.requires_grad:
                 grads = torch.autograd.grad(f, [y, t, *wanted], noise, allow_unused=True)
-            of_t = torch.zeros_like(run.times[..., :1])
+            of_t = torch.zeros(t.shape, dtype=torch.float64)
             of_y, of_inputs = run.pull_back("pull_back", noise, of_t)
             names = ["y", "t", *(f"captured tensor {i}" for i in program.differentiable)]
             found = [of_y, of_t.sum(), *(g for g in of_inputs if g is not None)]
@@ -337,24 +379,36 @@ class _Solve(torch.autograd.Function):
         result.append(outcome)
         ctx.run, ctx.times = _Held(run), t
         ctx.save_for_backward(*inputs)  # autograd says so where one is written to in between
-        return outcome.ys
+        return outcome.ys.detach()  # what is returned itself gets a graph, in which the run would hold itself
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_ys):
-        ctx.saved_tensors
+        grads = _Solve.gradients(ctx, grad_ys.detach())
+        if torch.is_grad_enabled():
+            grads = first_only(
+                grads,
+                "a compiled field gives first derivatives only; for second ones (create_graph=True, gradient penalties) "
+                "solve with func itself, uncompiled",
+            )
+        return None, None, None, None, *grads
+
+    @staticmethod
+    @torch.no_grad()
+    def gradients(ctx, grad_ys):
+        inputs = ctx.saved_tensors
         run = ctx.run.run
         call, p = run.call, run.p
         needs_t = any(ctx.needs_input_grad[5:7])
-        grad_t = torch.zeros_like(run.times) if needs_t else None
+        # Where steps are from one time to the next, an output is the end of a step and moves with it.
+        grad_t = torch.zeros_like(run.times) if needs_t and not p.steps_on_times else None
         grad_grid = torch.zeros(len(p.grid), dtype=torch.float64) if needs_t and p.grid is not None else None
         call.grad_grid = None if grad_grid is None else grad_grid.data_ptr()
         adj_y0, grads = run.pull_back("reverse", grad_ys, grad_t)
-        grads = [g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors) if g is not None]
+        grads = [g.to(x.dtype) for g, x in zip(grads, inputs) if g is not None]
         if grad_t is not None:
             direction = p.direction[: len(grad_t), None] if run.batched else p.direction
             grad_t = (direction * grad_t).reshape(ctx.times.shape).to(ctx.times)
-        return None, None, None, None, adj_y0, grad_t, grad_grid, *grads
+        return adj_y0, grad_t, grad_grid, *grads
 
 
 class _Held:

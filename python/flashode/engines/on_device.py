@@ -101,6 +101,7 @@ class OnDevice:
         tableau, words, call = self.p.method.tableau, self.words, self.call
         if self.batched:
             extending = int(self.space["extends"].count_nonzero()) * len(self.p.dense.extra_c)
+            self.whole, self.real = self.whole.cpu(), self.real.cpu()
             call.nfe = words["started"] + words["probed"] + words["rounds"] * (tableau.stages - 1) + extending
             return
         if words["failed"]:

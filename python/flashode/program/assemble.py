@@ -26,6 +26,12 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 _VECTOR_BYTES = 64
 _MANY_FLOPS = 20_000  # of a sample: matrix products pay for more lanes
 NO_GRADIENTS = "programs on GPUs have no backward pass yet: solve under torch.no_grad(), or with func itself"
+# The entries of a program, by its backward pass.
+_NAMES = {
+    None: ("solve", "evaluate"),
+    "reverse": ("solve", "evaluate", "reverse", "pull_back"),
+    "sweep": ("evaluate", "sweep", "pull_back"),
+}
 _TRIES = 16  # sets of inputs that may have a value for every sample
 
 
@@ -38,6 +44,7 @@ class Program:
         layout: of the state that it was made for.
         lanes: samples that it works on together.
         own: constants of a sample: input, position, and distance of the next sample's.
+        backward: the backward pass that it has: ``"reverse"``, ``"sweep"`` or None.
         differentiable: numbers of the inputs that the backward pass has gradients for; None where there is no
             backward pass.
         shapes: of the tensors that func captured.
@@ -52,6 +59,7 @@ class Program:
     lanes: int
     dtype: torch.dtype
     own: list[tuple[int, int, int]]
+    backward: str | None
     differentiable: tuple[int, ...] | None
     shapes: tuple[tuple[int, ...], ...]
     form: Form
@@ -66,10 +74,9 @@ class Program:
     @cached_property
     def entries(self) -> dict:
         """Functions of the library by name."""
-        names = ("solve", "evaluate", "reverse", "pull_back")
         suffix = "_batch" if self.own_clocks else ""
         found = {}
-        for name in names if self.differentiable is not None else names[:2]:
+        for name in _NAMES[self.backward]:
             function = getattr(self.library.functions, f"flashode_{name}{suffix}")
             function.argtypes, function.restype = [ctypes.POINTER(Call)], ctypes.c_int
             found[name] = function
@@ -124,12 +131,13 @@ def lanes_for(layout: Layout, form: Form, dtype: torch.dtype) -> int:
     return 2 * vector
 
 
-def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Tensor, ...]]:
+def assemble(problem: Problem, func, backward) -> tuple[Program, tuple[torch.Tensor, ...]]:
     """The program for a problem, and the tensors that its field captured.
 
     Args:
         func: the user's own, uncompiled.
-        gradients: whether there is to be a backward pass, a function of the captured tensors.
+        backward: ``"reverse"``, ``"sweep"`` or None, as a function of the captured tensors: the backward pass
+            that the program has; a sweep comes alone.
 
     Raises:
         CompileError: where func cannot be traced or generated.
@@ -143,7 +151,8 @@ def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Te
     t, y = example(problem)
     traced = trace(flat, t, y)
     inputs = traced.inputs
-    gradients = gradients(inputs)
+    backward = backward(inputs)
+    gradients = backward is not None
     if gradients and cuda.gpu_of(y.device):
         raise CompileError(NO_GRADIENTS)
     if gradients:
@@ -154,14 +163,14 @@ def assemble(problem: Problem, func, gradients) -> tuple[Program, tuple[torch.Te
     gpu = cuda.gpu_of(y.device)
     lanes = 1 if gpu else lanes_for(layout, form, y.dtype)
     fields = field_source(form, _REALS[y.dtype], lanes, batched, gradients)
-    text = _program_of(problem, fields, layout, gradients, gpu)
+    text = _program_of(problem, fields, layout, backward, gpu)
     seconds["generate"] = time.perf_counter() - began
     began = time.perf_counter()
     library = gpu.load(text) if gpu else build.load(text)
     seconds["compile"] = time.perf_counter() - began
     differentiable = tuple(i for i, x in enumerate(inputs) if x.requires_grad) if gradients else None
     program = Program(
-        problem.method.name, layout, batched, lanes, y.dtype, fields.own, differentiable,
+        problem.method.name, layout, batched, lanes, y.dtype, fields.own, backward, differentiable,
         tuple(tuple(x.shape) for x in inputs), form, library, fields.sizes, gpu, seconds,
     )  # fmt: skip
     return program, inputs
@@ -172,12 +181,12 @@ def has_each_tolerance(problem: Problem) -> bool:
     return any(isinstance(tolerance, torch.Tensor) for tolerance in (problem.rtol, problem.atol))
 
 
-def _program_of(problem: Problem, fields: Fields, layout: Layout, gradients: bool, gpu: cuda.Gpu | None) -> str:
+def _program_of(problem: Problem, fields: Fields, layout: Layout, backward: str | None, gpu: cuda.Gpu | None) -> str:
     """The text of a program."""
     batched, method = isinstance(problem, BatchProblem), method_source(problem.method, problem.dense)
     if gpu is None:
         text = _HEAD + fields.text + method + "}  // namespace\n\n"
-        return text + _entries(batched, gradients) + "\n}  // namespace flashode\n"
+        return text + _entries(batched, backward) + "\n}  // namespace flashode\n"
     has_each = has_each_tolerance(problem)
     turns = gpu.turns(layout.samples) if problem.method.adaptive and not batched else 1
     slopes = problem.method.tableau.stages + len(problem.dense.extra_c)
@@ -233,13 +242,15 @@ def _own_axes(layout: Layout, shapes):
 _HEAD = '#include "program.h"\n\nnamespace flashode {\nnamespace {\n\n'
 
 
-def _entries(own_clocks: bool, gradients: bool) -> str:
+def _entries(own_clocks: bool, backward: str | None) -> str:
     """The functions that are called from Python."""
     suffix = "_batch" if own_clocks else ""
     lines = []
-    for name in ("solve", "evaluate") + (("reverse", "pull_back") if gradients else ()):
-        template = "Field, Method" if name in ("solve", "reverse") else "Field"
-        lines.append(f'extern "C" int flashode_{name}{suffix}(Call* call) {{ return {name}{suffix}<{template}>(*call); }}')
+    for name in _NAMES[backward]:
+        template = "Field" if name in ("evaluate", "pull_back") else "Field, Method"
+        lines.append(
+            f'extern "C" int flashode_{name}{suffix}(Call* call) {{ return {name}{suffix}<{template}>(*call); }}'
+        )
     lines += [
         'extern "C" void flashode_release(void* recording) { release<Field>(recording); }',
         'extern "C" int64_t flashode_call_size() { return sizeof(Call); }',

@@ -48,6 +48,9 @@ class Call(ctypes.Structure):
             (name, c_void_p)
             for name in ("grad_ys", "adj_y0", "grad_inputs", "grad_own", "grad_t", "grad_grid")
         ),
+        ("input_sizes", c_void_p),
+        *((name, c_int64) for name in ("input_count", "seminorm")),
+        *((name, c_double) for name in ("drift", "drift_t")),
     ]
 
 

@@ -27,11 +27,11 @@ def _program(program: Program, captured) -> str:
     layout, form = program.layout, program.form
     samples = {"rows": "the first axis", "columns": "the last axis"}.get(layout.kind)
     shapes = ", ".join(str(tuple(s)) for s in layout.shapes)
-    backward = program.differentiable is not None
+    backward = program.backward is not None
     flops = form.flops
     lines = [
         f"{program.method} for a state of {shapes}, {str(program.dtype).removeprefix('torch.')}"
-        + (", with a backward program" if backward else ""),
+        + {None: "", "reverse": ", with the way back through its steps", "sweep": ", the continuous adjoint"}[program.backward],
         f"  samples: {layout.samples} along {samples}, {program.lanes} at a time" if samples else "  samples: the whole state is one",
         "  steps: " + ("every sample has its own" if program.own_clocks else "shared by all samples"),
         f"  flops of a sample: {flops['slope']:,} for a slope" + (f", {flops['pull_back']:,} more to pull back" if backward else ""),

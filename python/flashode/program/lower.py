@@ -21,7 +21,9 @@ from .ir import Array, Form, Kind, live
 from .operations import COMPARISONS, POINTWISE, REFUSED, SHAPES
 
 aten = torch.ops.aten
-_FILLED = frozenset("full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split())
+_FILLED = frozenset(
+    "full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
+)
 _SMALL_OUTER = 96  # products that are summed over the lanes at the very end, not in every evaluation
 
 
@@ -105,7 +107,11 @@ class _Lowering:
             raise self.refusal("complex numbers")
         values, places = np.unique(x.detach().cpu().double().numpy().reshape(-1), return_inverse=True)
         slots = np.array([self.literal(v) for v in values], np.int64)
-        codes = (slots * self.stride)[places].reshape(tuple(x.shape)) if x.numel() else np.zeros(tuple(x.shape), np.int64)
+        codes = (
+            (slots * self.stride)[places].reshape(tuple(x.shape))
+            if x.numel()
+            else np.zeros(tuple(x.shape), np.int64)
+        )
         return Codes(torch.tensor(codes), x.dtype == torch.bool)
 
     def operation(self, name, operands, adjoint_of=None, boolean=False, size=None) -> Array:
@@ -115,7 +121,12 @@ class _Lowering:
         if kind == Kind.CONSTANT:
             kind = Kind.PREPARED
         return self.array(
-            len(operands[0]) if size is None else size, kind, name, operands, bool(self.adjoint[slots].any()), boolean
+            len(operands[0]) if size is None else size,
+            kind,
+            name,
+            operands,
+            bool(self.adjoint[slots].any()),
+            boolean,
         )
 
     def split(self, codes) -> tuple[np.ndarray, np.ndarray]:
@@ -184,10 +195,16 @@ class _Lowering:
         codes = a.slots.reshape(rows.shape[1:])[None] * self.stride + np.arange(1, len(rows) + 1).reshape(
             -1, *[1] * (len(shape) - 1)
         )
-        return Codes(torch.from_numpy(np.ascontiguousarray(np.moveaxis(codes, 0, self.own_axes[which]))), boolean)
+        return Codes(
+            torch.from_numpy(np.ascontiguousarray(np.moveaxis(codes, 0, self.own_axes[which]))), boolean
+        )
 
     def collect(self, outputs) -> dict[str, np.ndarray]:
-        names = ["f"] if "adj" not in self.given else ["f", "of_y", "of_t", *(f"of input {i}" for i in range(len(self.inputs)))]
+        names = (
+            ["f"]
+            if "adj" not in self.given
+            else ["f", "of_y", "of_t", *(f"of input {i}" for i in range(len(self.inputs)))]
+        )
         collected = {}
         for name, value in zip(names, outputs):
             if value is None:
@@ -199,7 +216,9 @@ class _Lowering:
                 collected[name] = self.of_every_sample(slots, samples, shape, name)
             elif name.startswith("of input") and int(name[9:]) in self.own_axes:
                 i = int(name[9:])
-                places = np.moveaxis(np.arange(slots.size).reshape(tuple(self.inputs[i].shape)), self.own_axes[i], 0)
+                places = np.moveaxis(
+                    np.arange(slots.size).reshape(tuple(self.inputs[i].shape)), self.own_axes[i], 0
+                )
                 each = np.empty(slots.size, np.int64)
                 each[places.reshape(len(places), -1)] = np.arange(1, len(places) + 1)[:, None]
                 collected[f"of own {i}"] = self.of_every_sample(slots, samples, each, name)
@@ -220,7 +239,9 @@ class _Lowering:
         order, _ = self.by_sample(expected, name)
         rows = slots[order]
         if (rows != rows[:1]).any() or (self.kinds[rows[0]] == Kind.SUM).any():
-            raise self.mixing("samples get different results" if name == "f" else "samples get different gradients")
+            raise self.mixing(
+                "samples get different results" if name == "f" else "samples get different gradients"
+            )
         self.line = line
         return rows[0]
 
@@ -238,7 +259,9 @@ class _Lowering:
         if isinstance(value, torch.Tensor):
             return self.constant(value)
         if isinstance(value, (bool, int, float)):
-            return self.constant(torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.float64))
+            return self.constant(
+                torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.float64)
+            )
         raise self.refusal(f"an operand of {type(value).__name__}")
 
     def call(self, target, args, kwargs):
@@ -247,7 +270,9 @@ class _Lowering:
         name = target._schema.name.split("::")[-1] if hasattr(target, "_schema") else str(target)
         if not any(isinstance(x, Codes) for x in _flat((args, list(kwargs.values())))):
             if torch.Tag.nondeterministic_seeded in target.tags:
-                raise self.refusal(f"random numbers ({name})", "draw them before the solve and let func read them")
+                raise self.refusal(
+                    f"random numbers ({name})", "draw them before the solve and let func read them"
+                )
             return target(*args, **kwargs)  # of known values
         if name in REFUSED:
             raise self.refusal(f"{name}: {REFUSED[name]}")
@@ -272,7 +297,11 @@ class _Lowering:
                 return self.constant(x).codes
             return x
 
-        kwargs = {k: bare(v) for k, v in kwargs.items() if k not in ("dtype", "memory_format", "device", "layout", "pin_memory")}
+        kwargs = {
+            k: bare(v)
+            for k, v in kwargs.items()
+            if k not in ("dtype", "memory_format", "device", "layout", "pin_memory")
+        }
         result = target(*[bare(a) for a in args], **kwargs)
         if isinstance(result, (list, tuple)):
             return [Codes(r, boolean) for r in result]
@@ -405,7 +434,9 @@ class _Lowering:
         if isinstance(power, (int, float)) and not isinstance(power, bool):
             if power == 0:
                 return self.constant(torch.ones(x.codes.shape))
-            whole = {1: "copy", 2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}.get(power)
+            whole = {1: "copy", 2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}.get(
+                power
+            )
             if whole is not None:
                 return self.pointwise(whole, x)
             if power == 4:
@@ -479,7 +510,9 @@ class _Lowering:
         elif "full" in name:
             value = node.args[-1]
         shape = node.meta["shape"]
-        return self.constant(torch.full(shape, value, dtype=torch.bool if isinstance(value, bool) else torch.float64))
+        return self.constant(
+            torch.full(shape, value, dtype=torch.bool if isinstance(value, bool) else torch.float64)
+        )
 
     def do_fill(self, x, value):
         value = self.as_codes(value)
@@ -520,7 +553,9 @@ class _Lowering:
         if any(isinstance(i, Codes) for i in indices):
             raise self.refusal("an index that is computed")
         x, values = self.as_codes(x), self.as_codes(values)
-        places = torch.arange(x.codes.numel()).view(x.codes.shape)[tuple(slice(None) if i is None else i for i in indices)]
+        places = torch.arange(x.codes.numel()).view(x.codes.shape)[
+            tuple(slice(None) if i is None else i for i in indices)
+        ]
         out, places = x.codes.reshape(-1).clone(), places.reshape(-1)
         source = values.codes.expand(aten.index.Tensor(x.codes, indices).shape).reshape(-1)
         if not accumulate:
@@ -570,7 +605,11 @@ class _Lowering:
         dims = [dim] if isinstance(dim, int) else list(dim if dim is not None else [])
         dims = sorted(d % ndim for d in dims) if dims else list(range(ndim))
         kept = [d for d in range(ndim) if d not in dims]
-        shape = [1 if d in dims else codes.shape[d] for d in range(ndim)] if keepdim else [codes.shape[d] for d in kept]
+        shape = (
+            [1 if d in dims else codes.shape[d] for d in range(ndim)]
+            if keepdim
+            else [codes.shape[d] for d in kept]
+        )
         rows = codes.permute(kept + dims).reshape(math.prod(codes.shape[d] for d in kept), -1)
         return Codes(torch.from_numpy(self.reduced(how, rows.numpy())).reshape(shape))
 
@@ -655,7 +694,9 @@ class _Lowering:
         if not m * n or not k:
             return np.zeros((m, n), np.int64)
         if k == 1:
-            return self.pointwise("mul", *(Codes(torch.from_numpy(np.ascontiguousarray(c))) for c in (a, b))).codes.numpy()
+            return self.pointwise(
+                "mul", *(Codes(torch.from_numpy(np.ascontiguousarray(c))) for c in (a, b))
+            ).codes.numpy()
         (slots_a, of_a), (slots_b, of_b) = self.split(a), self.split(b)
         rows, columns = of_a.any(), of_b.any()
         if not rows and columns:
@@ -719,7 +760,9 @@ class _Lowering:
         if not of_b.any() and self.samples > 1:
             # The sum over the samples first: what they share is a factor.
             sums = self.lane_sums(np.ascontiguousarray(g.reshape(-1, 1))).reshape(width, m)
-            terms = self.pointwise("mul", *(Codes(torch.from_numpy(c)) for c in (sums.T[:, None, :], x.T[None] * self.stride)))
+            terms = self.pointwise(
+                "mul", *(Codes(torch.from_numpy(c)) for c in (sums.T[:, None, :], x.T[None] * self.stride))
+            )
             return self.reduced("sum", terms.codes.reshape(m * n, width).numpy()).reshape(m, n)
         if self.samples == 1 or m * n * width <= _SMALL_OUTER:
             pairs = np.broadcast_arrays(g.T[:, None, :], x.T[None, :, :])
@@ -734,7 +777,9 @@ class _Lowering:
 
     def terms(self, a, b):
         """A product entry by entry: where samples lie along both factors' outer dimensions, or within some rows."""
-        products = self.pointwise("mul", Codes(torch.from_numpy(a)[:, None, :]), Codes(torch.from_numpy(b).T[None]))
+        products = self.pointwise(
+            "mul", Codes(torch.from_numpy(a)[:, None, :]), Codes(torch.from_numpy(b).T[None])
+        )
         return self.reduced("sum", products.codes.reshape(-1, a.shape[1]).numpy()).reshape(len(a), b.shape[1])
 
     def batched_products(self, a, b):

@@ -78,6 +78,7 @@ DECOMPOSITIONS = {
     ),
 }  # fmt: skip
 
+
 # ... and some that are common, so that torch's own need not be loaded: these take a second to import what
 # they are written with.
 def _softplus(x, beta=1, threshold=20):

@@ -14,7 +14,11 @@ from .ir import Array, Form, Kind
 from .operations import FUNCTIONS, POINTWISE
 
 _FEW = 12  # numbers that become variables, not arrays
-_CHEAP = frozenset("neg add sub mul square cube abs relu maximum minimum where copy as_real gt ge lt le eq ne".split())
+_THIN, _MOST_LANE_SUMS = 16, 16384
+_INLINE = 40  # statements of a function that is copied to all places where it is called
+_CHEAP = frozenset(
+    "neg add sub mul square cube abs relu maximum minimum where copy as_real gt ge lt le eq ne".split()
+)
 _FEW_TERMS = 48  # of a sum that is written out
 
 
@@ -34,7 +38,13 @@ def field_source(form: Form, real: str, lanes: int, own_clocks: bool, gradients:
 
 class _Writer:
     def __init__(self, form, real, lanes, own_clocks, gradients):
-        self.form, self.real, self.lanes, self.own_clocks, self.gradients = form, real, lanes, own_clocks, gradients
+        self.form, self.real, self.lanes, self.own_clocks, self.gradients = (
+            form,
+            real,
+            lanes,
+            own_clocks,
+            gradients,
+        )
         self.own, self.own_offset = [], {}
         for i, (places, steps) in sorted(form.own.items()):
             self.own_offset[i] = len(self.own)
@@ -76,7 +86,7 @@ class _Writer:
         self.lane_sum_offset, self.sum_offset = {}, {}
         lane_sums = sums_size = 0
         for a in self.accumulated:
-            if a.operation == "lane sum" and id(a) not in self.at_once:
+            if id(a) not in self.at_once and (a.operation == "lane sum" or self.is_thin(a)):
                 self.lane_sum_offset[id(a)] = lane_sums
                 lane_sums += a.size
             else:
@@ -84,6 +94,14 @@ class _Writer:
                 sums_size += a.size
         self.lane_sums, self.sums = lane_sums, sums_size
         self.late = [a for a in sums if not _is_source(a) and id(a) not in self.at_once]
+
+    def is_thin(self, a) -> bool:
+        """Whether a gradient of weights is better summed lane by lane: vectors along its sides would be short."""
+        if a.operation != "outer":
+            return False
+        m, k = (o.shape[1] for o in a.operands)
+        bytes_of_sums = m * k * self.lanes * (4 if self.real == "float" else 8)
+        return min(m, k) < _THIN and bytes_of_sums <= _MOST_LANE_SUMS
 
     def write(self) -> Fields:
         form = self.form
@@ -109,20 +127,24 @@ class _Writer:
             needed |= self.read_by(again)
             uniform = self.closure([a for a in primal if id(a) in needed and a.kind == Kind.UNIFORM])
             back = again + back
-        f_only = _Section(self, "slope", self.forward(primal) if self.gradients else primal, {}, {"f": form.outputs["f"]})
-        parts = [self.head_of("slope"), f_only.text() + "  }"]
+        f_only = _Section(
+            self, "slope", self.forward(primal) if self.gradients else primal, {}, {"f": form.outputs["f"]}
+        )
+        parts = [self.function("slope", f_only)]
         scratch = f_only.scratch_size
         if self.gradients:
             keeping = _Section(self, "slope_keeping", primal, kept, {"f": form.outputs["f"]})
-            parts += [self.head_of("slope_keeping"), keeping.text() + "  }"]
+            parts.append(self.function("slope_keeping", keeping))
             outputs = {"adj_y": form.outputs.get("of_y"), "adj_t": form.outputs.get("of_t")}
             pulling = _Section(self, "pull_back", uniform + back, kept, outputs, reads_kept=True)
-            parts += [self.head_of("pull_back"), pulling.text() + "  }"]
+            parts.append(self.function("pull_back", pulling))
             scratch = max(scratch, keeping.scratch_size, pulling.scratch_size)
         preparing = _Section(self, "prepare", [a for a in form.arrays if a.kind == Kind.PREPARED], {}, {})
         derive = preparing.text()  # last: sections may ask for packed copies
         width = next(a.size for a in form.arrays if a.operation == "y")
-        timed = any(a.operation == "t" for a in self.form.arrays_of(self.read_slots(primal + back + self.late)))
+        timed = any(
+            a.operation == "t" for a in self.form.arrays_of(self.read_slots(primal + back + self.late))
+        )
         finish = _Section(self, "finish", self.late, {}, {}).text() if self.gradients else ""
         members = {
             "lanes": self.lanes, "width": width, "own": len(self.own), "prepared": self.prepared_size,
@@ -165,7 +187,10 @@ class _Writer:
             for a in given
         ]
 
-    def head_of(self, name) -> str:
+    def function(self, name, section) -> str:
+        """One of the functions over lanes. Those of few statements become part of every stage of a step; copies of
+        long ones would only take the compiler's time."""
+        body = section.text()
         head = "const Real* prepared, const V* own, Time t, const V* y, "
         head += {
             "slope": "V* f, V* scratch",
@@ -173,9 +198,10 @@ class _Writer:
             "pull_back": "const V* kept, const V* adj, V* adj_y, V* adj_t, V* adj_own, V* lane_sums, Real* sums, V* scratch",
         }[name]
         head = ",\n      ".join(f"[[maybe_unused]] {part}" for part in head.split(", "))
+        kind = "FLASHODE_HD" if body.count("\n") <= _INLINE else "FLASHODE_APART"
         return (
-            f"\n  template <class V, class Time>\n  FLASHODE_HD static void {name}(\n      {head}) {{\n"
-            "    using W [[maybe_unused]] = V;"
+            f"\n  template <class V, class Time>\n  {kind} static void {name}(\n      {head}) {{\n"
+            f"    using W [[maybe_unused]] = V;\n{body}  }}"
         )
 
     def read_slots(self, arrays) -> np.ndarray:
@@ -263,7 +289,12 @@ class _Section:
             arrays = self.form.arrays_of(slots)
             if len(arrays) == 1 and id(arrays[0]) in self.memory & self.made and arrays[0].kind == Kind.LANES:
                 a = arrays[0]
-                if a.size == slots.size and (slots == a.slots).all() and id(a) not in self.kept and name != "adj_t":
+                if (
+                    a.size == slots.size
+                    and (slots == a.slots).all()
+                    and id(a) not in self.kept
+                    and name != "adj_t"
+                ):
                     self.direct[id(a)] = name
         self.offsets = {}
 
@@ -358,7 +389,9 @@ class _Section:
     def write_arrays(self, arrays):
         """All of them, loops shared where they can be."""
         waiting, done = list(arrays), {id(a) for a in self.form.arrays} - {id(a) for a in arrays}
-        sources = {id(a): {id(s) for o in a.operands for s in self.form.arrays_of(o.reshape(-1))} for a in arrays}
+        sources = {
+            id(a): {id(s) for o in a.operands for s in self.form.arrays_of(o.reshape(-1))} for a in arrays
+        }
         while waiting:
             first = waiting[0]
             if first.operation not in POINTWISE or self.unrolls(first):
@@ -368,7 +401,12 @@ class _Section:
                 continue
             group = [first]
             for a in waiting[1:]:
-                if a.operation in POINTWISE and a.size == first.size and not self.unrolls(a) and self.joins(a, group, done, sources):
+                if (
+                    a.operation in POINTWISE
+                    and a.size == first.size
+                    and not self.unrolls(a)
+                    and self.joins(a, group, done, sources)
+                ):
                     group.append(a)
             chosen = {id(a) for a in group}
             waiting = [a for a in waiting if id(a) not in chosen]
@@ -378,7 +416,9 @@ class _Section:
     def joins(self, a, group, done, sources):
         """Whether an operation can be done in the loop of others: what it reads is there, or made in the same turn."""
         inside = {id(g): g for g in group}
-        if not sources[id(a)] <= done | set(inside) or (a.kind == Kind.LANES) != (group[0].kind == Kind.LANES):
+        if not sources[id(a)] <= done | set(inside) or (a.kind == Kind.LANES) != (
+            group[0].kind == Kind.LANES
+        ):
             return False
         for o in a.operands:
             for s in self.form.arrays_of(o):
@@ -473,7 +513,9 @@ class _Section:
         index = _sum_of(variables, _row_major(sizes))
         for variable, size in zip(variables, sizes):
             self.lines.append(f"for (int {variable} = 0; {variable} < {size}; ++{variable}) {{")
-        texts = [f"{space}[{self.at(at, variables, strides[j], index)}]" for j, (space, at) in enumerate(columns)]
+        texts = [
+            f"{space}[{self.at(at, variables, strides[j], index)}]" for j, (space, at) in enumerate(columns)
+        ]
         read_later = self.read_after(group, later)
         for a in group:
             operands = []
@@ -501,7 +543,11 @@ class _Section:
         """Which of a group others read."""
         wanted = set(self.kept) if not self.reads_kept else set()
         wanted |= self.w.at_once
-        for slots in [*(o.reshape(-1) for a in later for o in a.operands), *self.outputs.values(), *self.final_slots()]:
+        for slots in [
+            *(o.reshape(-1) for a in later for o in a.operands),
+            *self.outputs.values(),
+            *self.final_slots(),
+        ]:
             wanted |= {id(s) for s in self.form.arrays_of(slots)}
         if self.name == "prepare":
             wanted |= {id(a) for a in group}
@@ -563,7 +609,10 @@ class _Section:
         nest = _nest(np.stack(columns))
         if nest is not None and len(nest[0]) <= 4:
             return nest[0], [list(s) for s in np.array(nest[1]).T]
-        return [n], [None if (single := _nest(c[None])) is None or len(single[0]) > 1 else [single[1][0][0]] for c in columns]
+        return [n], [
+            None if (single := _nest(c[None])) is None or len(single[0]) > 1 else [single[1][0][0]]
+            for c in columns
+        ]
 
     def at(self, addresses, variables, strides, index) -> str:
         """An address as an expression of the loop variables."""
@@ -600,7 +649,9 @@ class _Section:
         x_text = f"{source} + {first}" + (f" + r * {distance}" if for_rows else "")
         to_text = f"{target} + {to}" + (f" + r * {m}" if for_rows else "")
         del wide
-        self.lines.append(f"{for_rows}product<{m}, {k}>({space} + {at}, {row}, {column}, {x_text}, {to_text});{self.comment(a, 0)}")
+        self.lines.append(
+            f"{for_rows}product<{m}, {k}>({space} + {at}, {row}, {column}, {x_text}, {to_text});{self.comment(a, 0)}"
+        )
         self.also_accumulated(a, target, to)
 
     def matrix_at(self, weights):
@@ -636,10 +687,14 @@ class _Section:
                 texts.append(f"{space}[{_sum_of(['1', 'i', 'j'], [int(at[0, 0]), row, step])}]")
         how = "sum" if a.operation == "contract" else a.operation[7:]
         term = " * ".join(texts)
-        step = {"sum": "total = total + {}", "prod": "total = total * {}"}.get(how, how.join(["total = ", "(total, {})"]))
+        step = {"sum": "total = total + {}", "prod": "total = total * {}"}.get(
+            how, how.join(["total = ", "(total, {})"])
+        )
         self.lines += [
             f"for (int i = 0; i < {count}; ++i) {{{self.comment(a, 0)}",
-            f"  {kind} total; {{ const int j = 0; total = {term}; }}" if "j" in term else f"  {kind} total = {term};",
+            f"  {kind} total; {{ const int j = 0; total = {term}; }}"
+            if "j" in term
+            else f"  {kind} total = {term};",
             f"  for (int j = 1; j < {r}; ++j) {step.format(term)};",
             f"  {target}[{to} + i] = total;",
             "}",
@@ -662,7 +717,9 @@ class _Section:
             nest = None if found is None else _nest(found[1][None])
             if nest is None or len(nest[0]) != 1:
                 for i, slot in enumerate(slots):
-                    self.lines.append(f"lane_sums[{offset + i}] = lane_sums[{offset + i}] + {self.ref(slot)};")
+                    self.lines.append(
+                        f"lane_sums[{offset + i}] = lane_sums[{offset + i}] + {self.ref(slot)};"
+                    )
             else:
                 text = f"{found[0]}[{_sum_of(['1', 'i'], [int(found[1][0]), int(nest[1][0][0])])}]"
                 self.lines.append(
@@ -681,14 +738,16 @@ class _Section:
     def write_outer(self, a: Array):
         g, x = a.operands
         m, k = g.shape[1], x.shape[1]
+        by_lane = id(a) in self.w.lane_sum_offset
         (space_g, first_g, step_g), (space_x, first_x, step_x) = self.rows_at(g), self.rows_at(x)
-        target, to = self.place(a)
-        if target != "sums":
+        target, to = ("lane_sums", self.w.lane_sum_offset[id(a)]) if by_lane else self.place(a)
+        if target not in ("sums", "lane_sums"):
             self.lines.append(f"for (int i = 0; i < {a.size}; ++i) {target}[{to} + i] = Real(0);")
         rows = f"for (int r = 0; r < {len(g)}; ++r) " if len(g) > 1 else ""
         more_g, more_x = (f" + r * {s}" if rows else "" for s in (step_g, step_x))
         self.lines.append(
-            f"{rows}outer<{m}, {k}>({space_g} + {first_g}{more_g}, {space_x} + {first_x}{more_x}, {target} + {to}, {k}, 1);"
+            f"{rows}{'outer_lanes' if by_lane else 'outer'}<{m}, {k}>({space_g} + {first_g}{more_g}, {space_x} + {first_x}{more_x}, "
+            f"{target} + {to}{'' if by_lane else f', {k}, 1'});{self.comment(a, 0)}"
         )
         self.also_accumulated(a, target, to)
 
@@ -706,10 +765,14 @@ class _Section:
             missing = [name for name in ("adj_y", "adj_t") if name not in self.outputs]
             width = next(a.size for a in self.form.arrays if a.operation == "y")
             for name in missing:
-                self.lines.append(f"for (int i = 0; i < {width if name == 'adj_y' else 1}; ++i) {name}[i] = zero<V>();")
+                self.lines.append(
+                    f"for (int i = 0; i < {width if name == 'adj_y' else 1}; ++i) {name}[i] = zero<V>();"
+                )
             for name, slots in self.form.outputs.items():
                 if name.startswith("of own "):
-                    self.write_copies(slots, "adj_own", self.w.own_offset[int(name[7:])], "{to} = {to} + {value};")
+                    self.write_copies(
+                        slots, "adj_own", self.w.own_offset[int(name[7:])], "{to} = {to} + {value};"
+                    )
         if self.name == "finish":
             for name, slots in self.form.outputs.items():
                 if name.startswith("of input ") and slots.any():
