@@ -30,7 +30,9 @@ def contest(name, func, y0, t, bound, ours: dict, theirs: dict | None, exact: di
     def ends(odeint, func, y0=y0, t=t, **call):
         return odeint(func, y0, t, **call)[-1, :COMPARED]
 
-    contestants = {} if theirs is None else {"torchdiffeq": lambda f: ends(torchdiffeq.odeint, func, **theirs)}
+    contestants = (
+        {} if theirs is None else {"torchdiffeq": lambda f: ends(torchdiffeq.odeint, func, **theirs)}
+    )
     contestants["native"] = lambda f: ends(flashode.odeint, func, engine="native", **ours)
     contestants["compiled"] = lambda f: ends(flashode.odeint, compiled, **ours)
     few = y0[:COMPARED].double()
@@ -63,9 +65,15 @@ def spiral(device, quick) -> Iterator[Contest]:
 def oscillators(device, quick) -> Iterator[Contest]:
     """One cycle: all samples in steps of one size, then each in its own."""
     (y0,) = random(10, 1, 32 if quick else 16_384, 2, device=device)
-    t, call, exact = torch.linspace(0, 7.63, 200, device=device), {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-10, "atol": 1e-12}
+    t, call, exact = (
+        torch.linspace(0, 7.63, 200, device=device),
+        {"rtol": 1e-5, "atol": 1e-5},
+        {"rtol": 1e-10, "atol": 1e-12},
+    )
     yield contest("oscillators", Oscillators(), y0, t, 2e-3, call, call, exact)
-    yield contest("oscillators own", Oscillators(), y0, t, 2e-3, call | {"options": {"batched": True}}, call, exact)
+    yield contest(
+        "oscillators own", Oscillators(), y0, t, 2e-3, call | {"options": {"batched": True}}, call, exact
+    )
 
 
 CASES = {"lorenz": lorenz, "spiral": spiral, "oscillators": oscillators}
@@ -78,12 +86,20 @@ def main(arguments=None) -> int:
     if args.device == "cuda":
         timer.wait = torch.cuda.synchronize
     timer.clock = time.perf_counter
-    settings = {"device": args.device, "threads": 1, "quick": args.quick, "repeats": timer.repeats, "clock": "perf_counter"}
+    settings = {
+        "device": args.device,
+        "threads": 1,
+        "quick": args.quick,
+        "repeats": timer.repeats,
+        "clock": "perf_counter",
+    }
     document = surroundings(args.device) | {"settings": settings, "contests": []}
     print(headline(document))
     contests = ((case, contest) for case in args.case for contest in CASES[case](args.device, args.quick))
     with pinned(1, args.device):
-        refused = compete(contests, document, timer, Table((20, 11), ("median", "25%", "75%", "speed", "off_by")), args.json)
+        refused = compete(
+            contests, document, timer, Table((20, 11), ("median", "25%", "75%", "speed", "off_by")), args.json
+        )
     print(f"{len(document['contests'])} contests, {refused} refused")
     return int(refused > 0)
 

@@ -3,9 +3,10 @@
 #
 #   OUT=out PYTHON=python3 DEVICE=cuda LIMIT=530 bash bench/gpu_check.sh
 #
-# PYTHON already has torch, torchdiffeq, pytest, scikit-build-core, pybind11, cmake and ninja;
+# PYTHON already has torch, torchdiffeq, pytest, scikit-build-core, pybind11, cmake and ninja, and for
+# compiled fields cuda-core with NVRTC;
 # flashode is installed into it (unless BUILD=0). Every part has its own time limit, and runs whether
-# or not the one before it passed. Logs, bench.json and summary.txt go to OUT; the exit status is 0
+# or not the one before it passed. Logs, bench.json, ensembles.json and summary.txt go to OUT; the exit status is 0
 # if all parts passed. DEVICE=cpu is a rehearsal: it leaves out the sanitizers. Without a git
 # checkout, FLASHODE_COMMIT names the commit in bench.json.
 set -u
@@ -75,6 +76,12 @@ jobs=()
 "$python" -c "import xdist" 2>/dev/null && jobs=(-n 8)
 part tests 170 "$python" -m pytest tests -q -p no:cacheprovider --device "$device" "${jobs[@]}"
 part bench 140 "$python" bench/run.py --device "$device" --seconds 6 --json "$out/bench.json"
+# Whole solves of compiled fields, which need cuda-core; the largest takes no torchdiffeq.
+if [[ $device != cuda ]] || "$python" -c "import cuda.core" 2>/dev/null; then
+  part ensembles 120 "$python" bench/ensembles.py --device "$device" --seconds 6 --json "$out/ensembles.json"
+else
+  note ensembles "left out: no cuda-core" ""
+fi
 sanitize memcheck 110 memcheck
 if ((deadline - SECONDS > 60)); then
   sanitize racecheck 110 racecheck
@@ -84,6 +91,7 @@ fi
 
 echo
 [[ -s $out/bench.log ]] && cat "$out/bench.log"
+[[ -s $out/ensembles.log ]] && cat "$out/ensembles.log"
 echo
 cat "$out/summary.txt"
 exit "$failed"

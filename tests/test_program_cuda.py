@@ -1,5 +1,6 @@
 """Programs for GPUs: compiled by nvcc where there is one, and run on the host by the emulator in cuda_on_host/."""
 
+import contextlib
 import ctypes
 import hashlib
 import re
@@ -8,12 +9,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fields import FIELDS, squashed
+from fields import FIELDS
 from test_cuda_on_host import TRANSLATION
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import flashode
 from flashode.engines.on_device import OnDevice
@@ -100,7 +103,10 @@ def require_alike(ours, theirs, rtol=1e-9):
     torch.testing.assert_close(ours.ys, theirs.ys, rtol=rtol, atol=rtol, equal_nan=True)
     for name, a, b in [
         ("status", ours.status, theirs.status),
-        *((name, getattr(ours.stats, name), getattr(theirs.stats, name)) for name in ("nfe", "accepted", "rejected")),
+        *(
+            (name, getattr(ours.stats, name), getattr(theirs.stats, name))
+            for name in ("nfe", "accepted", "rejected")
+        ),
     ]:
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), name
     if hasattr(theirs.stats, "accepted_times"):
@@ -124,12 +130,21 @@ def pendulum(t, y):
     return y[1], -torch.sin(y[0]) - 0.3 * y[1]
 
 
+class Timed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+    def forward(self, t, y):
+        return self.net(torch.cat([y, t.expand(len(y), 1)], 1))
+
+
 class Decay(nn.Module):
     """Every sample has a rate of its own, and all share a net."""
 
     def __init__(self, samples):
         super().__init__()
-        self.rate = torch.linspace(0.5, 4, samples, dtype=F64)[:, None]
+        self.register_buffer("rate", torch.linspace(0.5, 4, samples, dtype=F64)[:, None])
         self.net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 2)).double()
 
     def forward(self, t, y):
@@ -141,10 +156,14 @@ def problem(name):
     torch.manual_seed(0)
     t = torch.linspace(0.2, 1.2, 6, dtype=F64)
     if name == "together":  # by several blocks, whose threads have several samples each
-        return squashed(3, 16, 3), torch.randn(300, 3, dtype=F64), t, {"rtol": 1e-6, "atol": 1e-8}
+        return Timed(), torch.randn(300, 3, dtype=F64), t, {"rtol": 1e-6, "atol": 1e-8}
     if name == "members":  # two, with a tolerance for each number, and a time where the field jumps
         y0 = torch.randn(20, 1, dtype=F64), torch.randn(20, 1, dtype=F64)
-        settings = {"method": "tsit5", "rtol": 1e-6, "atol": (1e-8, torch.logspace(-9, -6, 20, dtype=F64)[:, None])}
+        settings = {
+            "method": "tsit5",
+            "rtol": 1e-6,
+            "atol": (1e-8, torch.logspace(-9, -6, 20, dtype=F64)[:, None]),
+        }
         return pendulum, y0, t, settings | {"options": {"jump_t": torch.tensor([0.55], dtype=F64)}}
     if name == "own":
         settings = {"method": "dopri8", "rtol": 1e-7, "atol": 1e-9, "options": {"batched": True}}
@@ -180,6 +199,22 @@ def test_kernels_solve_as_the_reference_engine_does(host, monkeypatch, name):
     require_alike(ours, theirs, rtol)
 
 
+# ---- on a GPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_gpu_solves_as_the_reference_engine_does(device, name):
+    if device.type != "cuda" or cuda.missing():
+        pytest.skip(cuda.missing() or "no --device cuda")
+    func, *rest = problem(name)
+    func = func.to(device) if isinstance(func, nn.Module) else func
+    y0, t, settings = tree_map_only(torch.Tensor, lambda x: x.to(device), tuple(rest))
+    with torch.no_grad():
+        ours = flashode.solve(flashode.compile(func), y0, t, engine="compiled", **settings)
+        theirs = flashode.solve(func, y0, t, engine="reference", **settings)
+    require_alike(ours, theirs, 1e-5 if name == "fixed" else 1e-9)
+
+
 # ---- by nvcc ---------------------------------------------------------------------------------------
 
 
@@ -210,10 +245,13 @@ def assembled(folder, name, source):
     path.write_text(source)
     command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v"]
     command += [f"-Xcompiler=-iquote{place}" for place in build.headers()]
-    outcome = subprocess.run([*command, path, "-o", path.with_suffix(".cubin")], capture_output=True, text=True)
+    outcome = subprocess.run(
+        [*command, path, "-o", path.with_suffix(".cubin")], capture_output=True, text=True
+    )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     said = re.findall(
-        r"Function properties for flashode_(\w+)\n.* (\d+) bytes spill stores.*\n.*Used (\d+) registers", outcome.stderr
+        r"Function properties for flashode_(\w+)\n.* (\d+) bytes spill stores.*\n.*Used (\d+) registers",
+        outcome.stderr,
     )
     return {kernel: (int(registers), int(spilled)) for kernel, spilled, registers in said}
 
@@ -267,3 +305,74 @@ def test_without_cuda_core_the_reason_names_it(monkeypatch):
     assert "pip install cuda-core" in cuda.missing()
     with pytest.raises(CompileError, match="pip install cuda-core"):
         cuda.Gpu.load(Writer(), "")
+
+
+class FakeCore:
+    """Of cuda-core's names those that are used."""
+
+    __name__, __version__ = "cuda.core", "0"
+    compiled = 0
+
+    class Device:
+        def __init__(self, index):
+            self.set_current = lambda: None
+
+    class ObjectCode:
+        @classmethod
+        def from_cubin(cls, cubin):
+            assert cubin == b"cubin"
+            return cls()
+
+        def get_kernel(self, name):
+            return name
+
+    @staticmethod
+    def ProgramOptions(std, arch, include_path, device_as_default_execution_space):
+        assert (std, arch) == ("c++17", "sm_90") and device_as_default_execution_space
+        assert (Path(include_path[0]) / "device.h").exists()
+
+    class Program:
+        def __init__(self, source, kind, options):
+            self.source = source
+
+        def compile(self, kind):
+            if "broken" in self.source:
+                raise RuntimeError("NVRTC_ERROR_COMPILATION: identifier undefined")
+            FakeCore.compiled += 1
+            return SimpleNamespace(code=kind.encode())
+
+    class LaunchConfig:
+        is_cooperative = False
+
+        def __init__(self, **options):
+            self.options = options
+
+    launched = []
+
+    @classmethod
+    def launch(cls, stream, config, kernel, call):
+        cls.launched.append((stream.__cuda_stream__(), config.options, kernel, call))
+
+
+def test_a_cubin_is_compiled_once_and_its_kernels_launched_on_the_stream_of_torch(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHODE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda, "_cuda_core", lambda: FakeCore)
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: FakeCore)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = cuda.Gpu(torch.device("cuda", 0))
+    assert [gpu.turns(n) for n in (1, 33_792, 33_793, 1 << 20)] == [1, 1, 2, 32]
+
+    kernels = [gpu.load("source") for _ in range(2)]
+    assert [k.cached for k in kernels] == [False, True] and FakeCore.compiled == 1
+    assert kernels[0].source.read_text() == "source"
+    kernels[1].launch("prepare", 1, 4096, False)
+    kernels[1].launch("solve", 3, 4096, True)
+    assert FakeCore.launched == [
+        ((0, 7), {"grid": 1, "block": 128}, "flashode_prepare", 4096),
+        ((0, 7), {"grid": 3, "block": 128, "is_cooperative": True}, "flashode_solve", 4096),
+    ]
+    with pytest.raises(CompileError, match="NVRTC failed for sm_90: .*identifier undefined"):
+        gpu.load("broken")

@@ -10,7 +10,8 @@ import torch
 from ..errors import Status
 from ..program.call import DeviceCall, Returned
 
-_WORDS = ("arrived", "rounds", "failed", "returned", "started", "probed", "nfe")  # of 8 bytes, zero to begin with
+# Results of all threads together, of 8 bytes each, zero to begin with.
+_WORDS = ("arrived", "rounds", "failed", "returned", "started", "probed", "nfe")
 _ROOM = 1 << 14  # for the ends of steps, to begin with
 _ALIGNMENT = 16
 
@@ -63,7 +64,9 @@ class OnDevice:
             "accepted_times": (self.room if together else 0, torch.float64),
             "extends": (self.room if self.batched and extra else 0, torch.uint8),
         }
-        space = {key: torch.zeros(size, dtype=dtype, device=self.device) for key, (size, dtype) in space.items()}
+        space = {
+            key: torch.zeros(size, dtype=dtype, device=self.device) for key, (size, dtype) in space.items()
+        }
         words = torch.zeros(len(_WORDS), dtype=torch.int64, device=self.device)
         for key, memory in space.items():
             setattr(call, key, memory.data_ptr())
@@ -77,7 +80,11 @@ class OnDevice:
 
     def packed(self, call: DeviceCall) -> torch.Tensor:
         """The call and all memory of the host that it points to, on the device."""
-        memories = [m for m in (*self.kept, *self.program.placed(self.p).memory.values()) if isinstance(m, ctypes.Array)]
+        memories = [
+            m
+            for m in (*self.kept, *self.program.placed(self.p).memory.values())
+            if isinstance(m, ctypes.Array)
+        ]
         places, end = [], ctypes.sizeof(call)
         for memory in memories:
             end += -end % _ALIGNMENT

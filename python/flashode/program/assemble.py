@@ -181,7 +181,9 @@ def has_each_tolerance(problem: Problem) -> bool:
     return any(isinstance(tolerance, torch.Tensor) for tolerance in (problem.rtol, problem.atol))
 
 
-def _program_of(problem: Problem, fields: Fields, layout: Layout, backward: str | None, gpu: cuda.Gpu | None) -> str:
+def _program_of(
+    problem: Problem, fields: Fields, layout: Layout, backward: str | None, gpu: cuda.Gpu | None
+) -> str:
     """The text of a program."""
     batched, method = isinstance(problem, BatchProblem), method_source(problem.method, problem.dense)
     if gpu is None:
@@ -199,7 +201,9 @@ def example(problem: Problem):
     if isinstance(problem, BatchProblem):
         t = (problem.direction * problem.times[:, 0]).reshape(problem.time_shape).to(problem.y0)
     else:
-        t = torch.tensor(problem.direction * problem.times[0], dtype=problem.y0.dtype, device=problem.y0.device)
+        t = torch.tensor(
+            problem.direction * problem.times[0], dtype=problem.y0.dtype, device=problem.y0.device
+        )
     return t, problem.y0.detach().contiguous()
 
 

@@ -96,7 +96,9 @@ class Gpu:
             name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
             cubin, path, cached = build.kept(f"{name}.cubin", source, lambda: self._compiled(core, source))
             kernels = core.ObjectCode.from_cubin(cubin)
-        return Kernels(core, self.device, kernels, path, path.with_suffix(".cu"), time.perf_counter() - began, cached)
+        return Kernels(
+            core, self.device, kernels, path, path.with_suffix(".cu"), time.perf_counter() - began, cached
+        )
 
     def _compiled(self, core, source: str) -> bytes:
         options = core.ProgramOptions(
@@ -129,7 +131,8 @@ class Kernels:
         for each other, and all of them are to be on the device at the same time."""
         with torch.cuda.device(self.device):
             stream = _Stream(torch.cuda.current_stream(self.device))
-            config = self.core.LaunchConfig(grid=blocks, block=Gpu.threads, cooperative_launch=together)
+            options = {_cooperative(self.core): True} if together else {}
+            config = self.core.LaunchConfig(grid=blocks, block=Gpu.threads, **options)
             self.core.launch(stream, config, self.code.get_kernel(f"flashode_{name}"), call)
 
 
@@ -141,6 +144,11 @@ class _Stream:
 
     def __cuda_stream__(self):
         return 0, self.stream.cuda_stream
+
+
+def _cooperative(core) -> str:
+    """What the option of a launch is called, by the version."""
+    return "is_cooperative" if hasattr(core.LaunchConfig, "is_cooperative") else "cooperative_launch"
 
 
 def _version(core) -> str:
@@ -158,7 +166,9 @@ _gpu = functools.cache(Gpu)
 def require_room(sizes: dict[str, int], slopes: int, has_each: bool, turns: int, real_bytes: int):
     """Raises CompileError where the work space of a thread is more than it should be."""
     width = sizes["width"]
-    needed = real_bytes * (turns * ((2 + slopes + 2 * has_each) * width + sizes["own"]) + width + sizes["scratch"])
+    needed = real_bytes * (
+        turns * ((2 + slopes + 2 * has_each) * width + sizes["own"]) + width + sizes["scratch"]
+    )
     if needed > _LOCAL_BYTES:
         raise CompileError(
             f"a thread of the GPU would need {needed:,} bytes of work space for a sample of {width:,} numbers, and may have "
