@@ -63,45 +63,48 @@ class OnDevice:
             "of_blocks": (2 * blocks, torch.float64),
             "accepted_times": (self.room if together else 0, torch.float64),
             "extends": (self.room if self.batched and extra else 0, torch.uint8),
+            **{word: (1, torch.int64) for word in _WORDS},
         }
-        space = {
-            key: torch.zeros(size, dtype=dtype, device=self.device) for key, (size, dtype) in space.items()
-        }
-        words = torch.zeros(len(_WORDS), dtype=torch.int64, device=self.device)
-        for key, memory in space.items():
-            setattr(call, key, memory.data_ptr())
-        for i, key in enumerate(_WORDS):
-            setattr(call, key, words.data_ptr() + 8 * i)
         call.room = self.room
-        packed = self.packed(call)
-        program.library.launch("prepare", 1, packed.data_ptr(), False)
-        program.library.launch(name, blocks, packed.data_ptr(), together and blocks > 1)
-        self.words, self.space = dict(zip(_WORDS, words.tolist())), space
+        self.memory, self.space = self.placed(call, space)
+        address = self.memory.data_ptr()
+        program.library.launch("prepare", 1, address, False)
+        program.library.launch(name, blocks, address, together and blocks > 1)
+        words = torch.cat([self.space[word] for word in _WORDS]).tolist()
+        self.words = dict(zip(_WORDS, words))
 
-    def packed(self, call: DeviceCall) -> torch.Tensor:
-        """The call and all memory of the host that it points to, on the device."""
-        memories = [
-            m
-            for m in (*self.kept, *self.program.placed(self.p).memory.values())
-            if isinstance(m, ctypes.Array)
-        ]
-        places, end = [], ctypes.sizeof(call)
-        for memory in memories:
-            end += -end % _ALIGNMENT
-            places.append((ctypes.addressof(memory), ctypes.sizeof(memory), end))
-            end += ctypes.sizeof(memory)
-        target = torch.empty(end, dtype=torch.uint8, device=self.device)
+    def placed(self, call: DeviceCall, space: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The call, what it points to on the host, and zeros of these sizes and dtypes, in one piece of the device's
+        memory; and the zeros by name."""
+        memories = {ctypes.addressof(call): call}
+        for m in (*self.kept, *self.program.placed(self.p).memory.values()):
+            if isinstance(m, ctypes.Array):
+                memories[ctypes.addressof(m)] = m
+        ends, end = {}, 0
+        for key, size in [
+            *((address, ctypes.sizeof(m)) for address, m in memories.items()),
+            *((name, count * dtype.itemsize) for name, (count, dtype) in space.items()),
+        ]:
+            end += -end % _ALIGNMENT + size
+            ends[key] = end
+        device = torch.zeros(end, dtype=torch.uint8, device=self.device)
+        begins = {key: ends[key] - ctypes.sizeof(m) for key, m in memories.items()}
+
         for name, kind in call.call._fields_:
             pointer = getattr(call.call, name) if kind is ctypes.c_void_p else None
-            for address, size, offset in places:
-                if pointer is not None and address <= pointer < address + size:
-                    setattr(call.call, name, target.data_ptr() + offset + pointer - address)
+            for address, m in memories.items():
+                if pointer is not None and address <= pointer < address + ctypes.sizeof(m):
+                    setattr(call.call, name, device.data_ptr() + begins[address] + pointer - address)
                     break
-        content = bytearray(end)
-        content[: ctypes.sizeof(call)] = bytes(call)
-        for memory, (_, size, offset) in zip(memories, places):
-            content[offset : offset + size] = bytes(memory)
-        return target.copy_(torch.frombuffer(content, dtype=torch.uint8))
+        zeros = {}
+        for name, (count, dtype) in space.items():
+            zeros[name] = device[ends[name] - count * dtype.itemsize : ends[name]].view(dtype)
+            setattr(call, name, device.data_ptr() + ends[name] - count * dtype.itemsize)
+        content = bytearray(max(ends[address] for address in memories))
+        for address, m in memories.items():
+            content[begins[address] : ends[address]] = bytes(m)
+        device[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
+        return device, zeros
 
     def finish(self):
         """Results as those of a program on a CPU."""

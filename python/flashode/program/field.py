@@ -31,6 +31,9 @@ def compile(func) -> CompiledField:
     parameters and other tensors that it reads are looked up before every solve, so an optimizer may change
     them or put others in their place. Where Python values that it reads have changed, it is recorded again.
 
+    Where the state is on a GPU, the program is a kernel, one thread a sample. It is compiled by cuda-core, which is
+    to be installed (``flashode[cuda]``), and has no gradients yet: solve under ``torch.no_grad()``.
+
     Args:
         func: callable as ``func(t, y)``; a function or a Module. What it computes may depend on shapes, on
             Python values and on tensors, but it must not choose what to do by the numbers in tensors, and must
