@@ -23,7 +23,8 @@ class Rounds {
   }
   bool add(const Rounds& other) {
     bool added = true;
-    for (int64_t i = 0; i < other.most_; ++i) added = add(i, Method::extra && other.extends_[i]) && added;
+    for (int64_t i = 0; i < other.most_; ++i)
+      added = add(i, Method::extra && other.extends_[i]) && added;
     return added;
   }
   int64_t calls() const {
@@ -66,7 +67,8 @@ Returned solve_batch(Call& call) {
       return returned.load(std::memory_order_relaxed) != kDone;
     };
     for (int64_t i; !stopped() && (i = next_tile()) < tiles;) {
-      const Returned code = solver.run(i * Field::lanes, record ? &record->tile(i) : nullptr, stopped);
+      const Returned code =
+          solver.run(i * Field::lanes, record ? &record->tile(i) : nullptr, stopped);
       if (code == kOutOfMemory) returned = code;
     }
 #pragma omp critical

@@ -1,10 +1,10 @@
-// A whole solve on a GPU: one thread a sample, by the templates that solve on a CPU. Work space of a
-// thread is a local array: in registers if it is small, else in local memory, which the hardware lays
-// out number by number, sample beside sample.
+// A whole solve on a GPU: one thread a sample, by the templates that solve on a CPU. Work space of
+// a thread is a local array: in registers if it is small, else in local memory, which the hardware
+// lays out number by number, sample beside sample.
 //
 // Samples with clocks of their own, and fixed steps, need nothing of each other: every thread runs
-// through a whole solve. Steps that all share are taken by all threads together, which agree on their
-// length: one block, or as many as are on the device at the same time (a cooperative launch).
+// through a whole solve. Steps that all share are taken by all threads together, which agree on
+// their length: one block, or as many as are on the device at the same time (a cooperative launch).
 #pragma once
 
 #include "own_clocks.h"
@@ -15,7 +15,8 @@ namespace flashode {
 
 constexpr int kThreads = 128;  // of a block
 
-// What a kernel is called with; pointers are of the device. Mirrored in python/flashode/program/call.py.
+// What a kernel is called with; pointers are of the device. Mirrored in
+// python/flashode/program/call.py.
 struct DeviceCall {
   Call call;
   void* prepared;               // what `prepare` makes
@@ -23,11 +24,12 @@ struct DeviceCall {
   double* of_blocks;            // sums of the blocks, twice
   unsigned long long* arrived;  // blocks at a barrier, ever
   double* accepted_times;       // room for `room` of them
-  uint8_t* extends;             // of clocks of their own: rounds with outputs inside steps; as much room
+  uint8_t* extends;  // of clocks of their own: rounds with outputs inside steps; as much room
   int64_t room;
 
   // Results of all threads, zero to begin with.
-  unsigned long long *rounds, *failed;  // most trials; of fixed steps, how far from the last one one failed
+  unsigned long long* rounds;  // most trials
+  unsigned long long* failed;  // of fixed steps: points of the grid from the first failure on
   int64_t *returned, *started, *probed, *nfe;
 };
 
@@ -46,7 +48,8 @@ template <class Field>
 __device__ void prepare_on_device(const DeviceCall& d) {
   using Real = typename Field::Real;
   Real* const prepared = static_cast<Real*>(d.prepared);
-  Field::fetch(reinterpret_cast<const Real* const*>(d.call.inputs), prepared, threadIdx.x, kThreads);
+  Field::fetch(reinterpret_cast<const Real* const*>(d.call.inputs), prepared, threadIdx.x,
+               kThreads);
   __syncthreads();
   if (threadIdx.x == 0) Field::derive(prepared);
 }
@@ -72,7 +75,8 @@ __device__ inline const typename Field::Real* nearby(const DeviceCall& d) {
 // ---- samples that need nothing of each other ---------------------------------------------------
 
 template <class Field, class Method, class Spread>
-constexpr int64_t kSpace = Tile<Field, Method>::own_size(Spread::has_each) + Tile<Field, Method>::shared_size;
+constexpr int64_t kSpace =
+    Tile<Field, Method>::own_size(Spread::has_each) + Tile<Field, Method>::shared_size;
 
 struct NoRecord {
   static constexpr bool keeps_states = false;
@@ -102,8 +106,8 @@ __device__ void solve_batch_on_device(const DeviceCall& d) {
   if (thread_number() >= d.call.samples) return;
   StateOf<Field> space[kSpace<Field, Method, Spread>];
   RoundsOfThread rounds{d};
-  TileSolver<Field, Method, RoundsOfThread, NoRecord> solver(d.call, prepared, space, Spread::has_each,
-                                                             rounds);
+  TileSolver<Field, Method, RoundsOfThread, NoRecord> solver(d.call, prepared, space,
+                                                             Spread::has_each, rounds);
   const Returned returned =
       solver.run(thread_number(), static_cast<NoRecord*>(nullptr), [] { return false; });
   if (returned != kDone) *d.returned = returned;
@@ -178,7 +182,8 @@ class Together {
     for (int turn = 0; turn < Spread::turns; ++turn) {
       const int64_t i = thread_number() + turn * threads();
       if (i >= d_.call.samples) break;
-      Part tile(d_.call, prepared_, space_ + turn * own, space_ + Spread::turns * own, Spread::has_each);
+      Part tile(d_.call, prepared_, space_ + turn * own, space_ + Spread::turns * own,
+                Spread::has_each);
       tile.first = i;
       body(tile, i);
     }
@@ -219,7 +224,9 @@ class Together {
 
  private:
   __device__ int64_t threads() const { return int64_t(gridDim.x) * kThreads; }
-  __device__ double& sum_of(int64_t m) const { return d_.sums[(m - 1) * threads() + thread_number()]; }
+  __device__ double& sum_of(int64_t m) const {
+    return d_.sums[(m - 1) * threads() + thread_number()];
+  }
 
   // Over a block, in an order that depends on nothing; all threads get it.
   static __device__ double sum_of_block(double x) {
@@ -239,7 +246,8 @@ class Together {
     return sum;
   }
 
-  // Blocks leave their sums in two places by turns: who writes the next one may be ahead of who reads.
+  // Blocks leave their sums in two places by turns: who writes the next one may be ahead of who
+  // reads.
   __device__ double sum_of_all(double x) const {
     const double sum = sum_of_block(x);
     if (gridDim.x == 1) return sum;
@@ -324,7 +332,8 @@ __device__ void evaluate_on_device(const DeviceCall& d) {
 }
 template <class Field>
 __device__ void evaluate_batch_on_device(const DeviceCall& d) {
-  evaluate_at<Field, StateOf<Field>>(d, [&](int64_t i) { return d.call.times[i * d.call.times_stride]; });
+  evaluate_at<Field, StateOf<Field>>(
+      d, [&](int64_t i) { return d.call.times[i * d.call.times_stride]; });
 }
 
 }  // namespace flashode

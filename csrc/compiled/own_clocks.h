@@ -31,8 +31,8 @@ struct OwnClocks {
   }
 };
 
-// Solves one tile after the other. One for each thread. `Rounds` counts the trials, `Record` keeps the
-// steps that stand.
+// Solves one tile after the other. One for each thread. `Rounds` counts the trials, `Record` keeps
+// the steps that stand.
 template <class Field, class Method, class Rounds, class Record>
 class TileSolver {
  public:
@@ -44,7 +44,8 @@ class TileSolver {
   static constexpr int L = Field::lanes;
 
   // The space is of a tile's own, and of what tiles share.
-  FLASHODE_BOTH TileSolver(const Call& call, const Real* prepared, V* space, bool has_each, Rounds& rounds)
+  FLASHODE_BOTH TileSolver(const Call& call, const Real* prepared, V* space, bool has_each,
+                           Rounds& rounds)
       : call_(call),
         rounds_(rounds),
         tile_(call, prepared, space, space + Part::own_size(has_each), has_each),
@@ -84,8 +85,12 @@ class TileSolver {
   FLASHODE_BOTH int64_t sample(int l) const {
     return tile_.first + l < call_.samples ? tile_.first + l : call_.samples - 1;
   }
-  FLASHODE_BOTH const double* times_of(int l) const { return call_.times + sample(l) * call_.times_stride; }
-  FLASHODE_BOTH Real* output(int64_t row) const { return static_cast<Real*>(call_.ys) + row * call_.row; }
+  FLASHODE_BOTH const double* times_of(int l) const {
+    return call_.times + sample(l) * call_.times_stride;
+  }
+  FLASHODE_BOTH Real* output(int64_t row) const {
+    return static_cast<Real*>(call_.ys) + row * call_.row;
+  }
 
   // Samples of `mask` end.
   FLASHODE_HD void end_with(const Lanewise& mask, Status status) {

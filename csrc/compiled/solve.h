@@ -7,8 +7,8 @@
 
 namespace flashode {
 
-// The state of one solve. All of it is inlined into one function, so that it lives in registers. `Tiles`
-// goes through all tiles (tiles.h, device.h), `Record` keeps the steps.
+// The state of one solve. All of it is inlined into one function, so that it lives in registers.
+// `Tiles` goes through all tiles (tiles.h, device.h), `Record` keeps the steps.
 template <class Field, class Method, class Tiles, class Record>
 class Solve {
  public:
@@ -181,7 +181,8 @@ class Solve {
     const int64_t n = accepted_++;
     bool has_room = record_->add_time(clock_.t1);
     if constexpr (Record::keeps_states) {
-      if (call_.records) has_room = has_room && record_->add({clock_.t0, clock_.t1, clock_.dt, kind});
+      if (call_.records)
+        has_room = has_room && record_->add({clock_.t0, clock_.t1, clock_.dt, kind});
     }
     if (!has_room) {
       returned_ = kOutOfMemory;
@@ -194,7 +195,8 @@ class Solve {
     const bool at_end = end > begin && call_.times[end - 1] == clock_.t1;
     const int64_t inner = at_end ? end - 1 : end;
     if (inner > begin) nfe_ += Method::extra;
-    const auto move = [=, clock = clock_, call = &call_, record = record_](const Part& tile, int64_t i) {
+    const auto move = [=, clock = clock_, call = &call_, record = record_](const Part& tile,
+                                                                           int64_t i) {
       if constexpr (Record::keeps_states) {
         if (call->records) tile.copy_start(record->y0(n, i), record->f0(n, i));
       }

@@ -74,9 +74,11 @@ FLASHODE_HD void store_state(const Call& call, int64_t first, const StateOf<Fiel
 
 // The same number everywhere.
 template <class Field>
-FLASHODE_HD void fill_state(const Call& call, int64_t first, typename Field::Real value, void* state) {
+FLASHODE_HD void fill_state(const Call& call, int64_t first, typename Field::Real value,
+                            void* state) {
   for (int64_t f = 0; f < Field::width; ++f) {
-    auto* const to = static_cast<typename Field::Real*>(state) + call.offset[f] + first * call.stride[f];
+    auto* const to =
+        static_cast<typename Field::Real*>(state) + call.offset[f] + first * call.stride[f];
     for (int l = 0; l < live_lanes<Field>(call, first); ++l) to[l * call.stride[f]] = value;
   }
 }
