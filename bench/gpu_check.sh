@@ -4,11 +4,10 @@
 #   OUT=out PYTHON=python3 DEVICE=cuda LIMIT=530 bash bench/gpu_check.sh
 #
 # PYTHON already has torch, torchdiffeq, pytest, scikit-build-core, pybind11, cmake and ninja, and for
-# compiled fields cuda-core with NVRTC;
-# flashode is installed into it (unless BUILD=0). Every part has its own time limit, and runs whether
-# or not the one before it passed. Logs, bench.json, ensembles.json and summary.txt go to OUT; the exit status is 0
-# if all parts passed. DEVICE=cpu is a rehearsal: it leaves out the sanitizers. Without a git
-# checkout, FLASHODE_COMMIT names the commit in bench.json.
+# compiled fields cuda-core with NVRTC; flashode is installed into it (unless BUILD=0). Every part has
+# its own time limit, and runs whether or not the one before it passed. Logs, bench.json,
+# ensembles.json and summary.txt go to OUT; the exit status is 0 if all parts passed. DEVICE=cpu is a
+# rehearsal: it leaves out the sanitizers. Without a git checkout, FLASHODE_COMMIT names the commit.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 

@@ -20,7 +20,7 @@ def run(monkeypatch):
     """The module bench/run.py."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module("run")
-    for name in ("run", "cases", "workloads", "compiled"):
+    for name in ("run", "cases", "workloads", "compiled", "ensembles"):
         sys.modules.pop(name, None)
 
 
@@ -165,6 +165,14 @@ def test_compiled_fields_are_contestants_with_calls_of_their_own(run, monkeypatc
     assert train["rows"]["torchdiffeq adjoint"]["nfe"] > train["rows"]["torchdiffeq"]["nfe"]
     for contest in (spiral, train):
         assert all(row["difference"] <= contest["bound"] for row in contest["rows"].values())
+
+
+def test_ensembles_are_compared_and_timed(run, tmp_path):
+    report = tmp_path / "report.json"
+    ensembles = importlib.import_module("ensembles")
+    assert ensembles.main(["spiral", "--quick", "--repeats", "2", "--json", str(report)]) == 0
+    (contest,) = json.loads(report.read_text())["contests"]
+    assert list(contest["rows"]) == ["torchdiffeq", "native", "compiled"]
 
 
 def test_a_field_that_cannot_be_compiled_is_said_to_be_left_out(run, monkeypatch, capsys):
