@@ -32,7 +32,8 @@ def compile(func) -> CompiledField:
     them or put others in their place. Where Python values that it reads have changed, it is recorded again.
 
     Where the state is on a GPU, the program is a kernel, one thread a sample. It is compiled by cuda-core, which is
-    to be installed (``flashode[cuda]``), and has no gradients yet: solve under ``torch.no_grad()``.
+    to be installed (``pip install cuda-core[cu13]``, or ``[cu12]``), and has no gradients yet: solve under
+    ``torch.no_grad()``.
 
     Args:
         func: callable as ``func(t, y)``; a function or a Module. What it computes may depend on shapes, on
