@@ -36,7 +36,7 @@ struct DeviceCall {
 // How a program is spread over threads.
 //   struct Spread {
 //     static constexpr bool has_each;  // whether there are tolerances of each number
-//     static constexpr int turns;      // samples of a thread, where all step together
+//     static constexpr int turns;      // samples of a thread where all step together, else 0
 //   };
 
 __device__ inline int64_t thread_number() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }

@@ -190,7 +190,7 @@ def _program_of(
         text = _HEAD + fields.text + method + "}  // namespace\n\n"
         return text + _entries(batched, backward) + "\n}  // namespace flashode\n"
     has_each = has_each_tolerance(problem)
-    turns = gpu.turns(layout.samples) if problem.method.adaptive and not batched else 1
+    turns = gpu.turns(layout.samples) if problem.method.adaptive and not batched else 0
     slopes = problem.method.tableau.stages + len(problem.dense.extra_c)
     cuda.require_room(fields.sizes, slopes, has_each, turns, problem.y0.dtype.itemsize)
     return cuda.cuda_source(fields.text, method, batched, has_each, turns)

@@ -19,7 +19,8 @@ from . import build
 
 _LOCAL_BYTES = 1 << 16  # of the work space of a thread: all that are on a device at once have theirs
 _HEAD = '#include "device.h"\n\nnamespace flashode {\n\n'
-_ENTRY = 'extern "C" __global__ void __launch_bounds__(kThreads) flashode_{}(const DeviceCall* __restrict__ call) {{\n  {};\n}}\n'
+# Blocks that a multiprocessor is to hold: the fewer, the more registers there are for each thread.
+_TOGETHER, _ALONE = 2, 4
 
 
 def missing() -> str | None:
@@ -48,20 +49,25 @@ def cuda_source(field: str, method: str, own_clocks: bool, has_each: bool, turns
         field, method: the structs of that name, as the C++ that they are on a CPU.
         own_clocks: whether samples choose their own steps.
         has_each: whether there are tolerances of each number.
-        turns: samples that each thread has, where all step together.
+        turns: samples that each thread has where all step together; 0 where they do not.
     """
     spread = (
         f"struct Spread {{\n  static constexpr bool has_each = {str(has_each).lower()};\n"
         f"  static constexpr int turns = {turns};\n}};\n"
     )
     batch = "_batch" if own_clocks else ""
-    entries = {
-        "prepare": "prepare_on_device<Field>(*call)",
-        "solve": f"solve{batch}_on_device<Field, Method, Spread>(*call)",
-        "evaluate": f"evaluate{batch}_on_device<Field>(*call)",
-    }
     text = _HEAD + field + method + spread + "\n"
-    return text + "".join(_ENTRY.format(*entry) for entry in entries.items()) + "\n}  // namespace flashode\n"
+    text += _entry("prepare", 1, "prepare_on_device<Field>")
+    text += _entry("solve", _TOGETHER if turns else _ALONE, f"solve{batch}_on_device<Field, Method, Spread>")
+    text += _entry("evaluate", _ALONE, f"evaluate{batch}_on_device<Field>")
+    return text + "\n}  // namespace flashode\n"
+
+
+def _entry(name: str, blocks: int, function: str) -> str:
+    return (
+        f'extern "C" __global__ void __launch_bounds__(kThreads, {blocks})\n'
+        f"flashode_{name}(const DeviceCall* __restrict__ call) {{\n  {function}(*call);\n}}\n"
+    )
 
 
 class Gpu:
@@ -69,7 +75,7 @@ class Gpu:
 
     Attributes:
         threads: of a block, device.h's kThreads.
-        blocks: at least so many are on the device at the same time, whatever registers they need.
+        blocks: so many are on the device at the same time where all of them wait for each other.
     """
 
     threads = 128
@@ -77,7 +83,7 @@ class Gpu:
     def __init__(self, device: torch.device):
         found = torch.cuda.get_device_properties(device)
         self.device, self.arch = device, f"sm_{found.major}{found.minor}"
-        self.blocks = 2 * found.multi_processor_count  # 255 registers leave room for two on each
+        self.blocks = _TOGETHER * found.multi_processor_count
 
     def turns(self, samples: int) -> int:
         """Samples that a thread has where all of them step together; a power of two, so that kernels are few."""
@@ -167,7 +173,7 @@ def require_room(sizes: dict[str, int], slopes: int, has_each: bool, turns: int,
     """Raises CompileError where the work space of a thread is more than it should be."""
     width = sizes["width"]
     needed = real_bytes * (
-        turns * ((2 + slopes + 2 * has_each) * width + sizes["own"]) + width + sizes["scratch"]
+        max(turns, 1) * ((2 + slopes + 2 * has_each) * width + sizes["own"]) + width + sizes["scratch"]
     )
     if needed > _LOCAL_BYTES:
         raise CompileError(
