@@ -119,18 +119,18 @@ class TileSolver {
       set_lane(clock_.direction, l, call_.direction[sample(l)]);
       set_lane(clock_.low, l, call_.low[sample(l)]);
       set_lane(clock_.high, l, call_.high[sample(l)]);
-      filled_[l] = 0;
-      while (filled_[l] < call_.outputs && times[filled_[l]] == times[0]) {
-        if (first + l < call_.samples) write_lane(l, tile_.y0, output(filled_[l]));
-        ++filled_[l];
+      int64_t filled = 0;
+      for (; filled < call_.outputs && times[filled] == times[0]; ++filled) {
+        if (first + l < call_.samples) write_lane(l, tile_.y0, output(filled));
       }
+      set_lane(filled_, l, double(filled));
       const bool usable = lane_is_finite(l, tile_.y0);
       if (usable && mate < 0) mate = l;
-      status_[l] = !usable ? kNonfiniteState : filled_[l] == call_.outputs ? kSuccess : kRunning;
+      status_[l] = !usable ? kNonfiniteState : filled == call_.outputs ? kSuccess : kRunning;
       cause_[l] = kStepUnderflow;
-      set_lane(next_, l, filled_[l] < call_.outputs ? times[filled_[l]] : INFINITY);
       set_lane(runs, l, status_[l] == kRunning && first + l < call_.samples);
     }
+    find_next();
     running_ = ran_ = runs > 0;
     // What starts from NaN would pass it to whatever the samples share: a mate stands in for it.
     for (int l = 0; mate >= 0 && l < L; ++l) {
@@ -274,19 +274,38 @@ class TileSolver {
       for (int64_t f = 0; f < Field::width; ++f)
         y[f] = select(mask_of<V>(inside), y[f], tile_.y1[f]);
       if (extends_) refuse_nonfinite(due, y);
-      Real* const rows = static_cast<Real*>(call_.ys);
-      for (uint64_t left = lanes_set(due); left; left &= left - 1) {
-        const int l = first_lane(left);
-        const int64_t b = tile_.first + l, row = filled_[l]++;
-        Real* const to = rows + row * call_.row;
-        for (int64_t f = 0; f < Field::width; ++f)
-          to[call_.offset[f] + b * call_.stride[f]] = lane(y[f], l);
-        const double* const times = call_.times + b * call_.times_stride;
-        set_lane(next_, l, row + 1 < call_.outputs ? times[row + 1] : INFINITY);
-      }
+      write_outputs(lanes_set(due), y);
+      filled_ = select(due, filled_ + 1.0, filled_);
+      find_next();
       due = due & (next_ <= clock_.t1);
       inside = due & (next_ < clock_.t1);
     }
+  }
+
+  // Every lane has a row of its own.
+  FLASHODE_BOTH void write_outputs(uint64_t lanes, const V* y) {
+    double filled[L];
+    int64_t row[L];
+    store(filled, filled_);
+    for (int l = 0; l < L; ++l) row[l] = int64_t(filled[l]) * call_.row;
+    Real* const ys = static_cast<Real*>(call_.ys);
+    for (; lanes; lanes &= lanes - 1) {
+      const int l = first_lane(lanes);
+      for (int64_t f = 0; f < Field::width; ++f)
+        ys[row[l] + call_.offset[f] + (tile_.first + l) * call_.stride[f]] = lane(y[f], l);
+    }
+  }
+
+  // All lanes at once: a vector of which single lanes were written is slow to read.
+  FLASHODE_BOTH void find_next() {
+    double filled[L], next[L];
+    store(filled, filled_);
+    for (int l = 0; l < L; ++l) {
+      const int64_t row = int64_t(filled[l]), last = call_.outputs - 1;
+      const double time = call_.times[sample(l) * call_.times_stride + (row < last ? row : last)];
+      next[l] = row <= last ? time : INFINITY;
+    }
+    next_ = load_unaligned<Times>(next);
   }
 
   // Stages that dense output adds were not seen by the error test.
@@ -325,12 +344,12 @@ class TileSolver {
       call_.status[b] = status_[l];
       call_.accepted[b] = int64_t(lane(accepted_, l));
       call_.rejected[b] = int64_t(lane(rejected_, l));
-      call_.filled[b] = filled_[l];
+      call_.filled[b] = int64_t(lane(filled_, l));
       call_.t[b] = lane(clock_.t0, l);
       call_.dt[b] = lane(dt_, l);
       call_.error_ratio[b] = lane(ratio_, l);
       if (lane(ran_, l)) write_lane(l, tile_.y0, call_.y_end);
-      for (int64_t row = filled_[l]; row < call_.outputs; ++row) {
+      for (int64_t row = call_.filled[b]; row < call_.outputs; ++row) {
         for (int64_t f = 0; f < Field::width; ++f)
           output(row)[call_.offset[f] + b * call_.stride[f]] = Real(NAN);
       }
@@ -349,9 +368,9 @@ class TileSolver {
   OwnClocks<Field> clock_;  // of the trial steps
   Times dt_, ratio_;        // of the next trials; of the last ones
   Times end_, next_;        // the last output time, and the next one
+  Times filled_;            // how many outputs there are
   Times accepted_, rejected_, trials_;
   Lanewise running_, ran_, stands_;
-  int64_t filled_[L];
   Status status_[L], cause_[L];
 };
 

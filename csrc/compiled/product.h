@@ -74,6 +74,19 @@ FLASHODE_HD void product_rows(const real_of<V>* w, int64_t row_stride, int64_t c
   for (int r = 0; r < B::last; ++r) take(M - B::last + r, sum[r]);
 }
 
+// The lanes that `index` names, of a and b side by side.
+template <class Part, class Index>
+FLASHODE_HD Part pick(const Part& a, const Part& b, const Index& index) {
+#ifdef __clang__
+  constexpr int W = sizeof(Part) / sizeof(a[0]);
+  Part out;
+  for (int l = 0; l < W; ++l) out[l] = index[l] < W ? a[index[l]] : b[index[l] - W];
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // Swaps the two bits of weight `step` of all places in a square: those of rows, and those of lanes.
 template <int step, class Part, int W>
 FLASHODE_HD void transpose_steps(Part (&square)[W]) {
@@ -89,17 +102,31 @@ FLASHODE_HD void transpose_steps(Part (&square)[W]) {
     for (int c = 0; c < W; ++c) {
       if (c & step) continue;
       const Part a = square[c], b = square[c + step];
-#ifdef __clang__
-      for (int l = 0; l < W; ++l) {
-        square[c][l] = low[l] < W ? a[low[l]] : b[low[l] - W];
-        square[c + step][l] = high[l] < W ? a[high[l]] : b[high[l] - W];
-      }
-#else
-      square[c] = __builtin_shuffle(a, b, low);
-      square[c + step] = __builtin_shuffle(a, b, high);
-#endif
+      square[c] = pick(a, b, low);
+      square[c + step] = pick(a, b, high);
     }
     transpose_steps<2 * step>(square);
+  }
+}
+
+// Adds the halves of runs of `length` lanes, of two vectors at a time; half as many are left.
+template <int length, int count, class Part>
+FLASHODE_HD void fold(Part* x) {
+  typedef integer_of<decltype(+x[0][0])> Index __attribute__((vector_size(sizeof(Part))));
+  if constexpr (length > 1) {
+    constexpr int half = length / 2;
+    Index low{}, high{};
+    FLASHODE_UNROLL
+    for (int l = 0; l < int(sizeof(Part) / sizeof(x[0][0])); ++l) {
+      low[l] = l / half * length + l % half;
+      high[l] = low[l] + half;
+    }
+    FLASHODE_UNROLL
+    for (int c = 0; c < count / 2; ++c) {
+      const Part a = x[2 * c], b = x[2 * c + 1];
+      x[c] = pick(a, b, low) + pick(a, b, high);
+    }
+    fold<half, count / 2>(x);
   }
 }
 
@@ -192,6 +219,28 @@ FLASHODE_HD void product_of_one(const T* w, int64_t row_stride, int64_t column_s
 }
 
 #endif  // __CUDACC__
+
+// out[n] = the sum of the lanes of x[n], of N; as many at a time as a vector has lanes.
+template <int N, class V>
+FLASHODE_HD void sums_of_lanes(const V* x, real_of<V>* out) {
+  int n = 0;
+#ifndef __CUDACC__
+  if constexpr (lanes_of<V> > 1) {
+    constexpr int W = V::width;
+    for (; n + W <= N; n += W) {
+      typename V::Part sum[W];
+      FLASHODE_UNROLL
+      for (int c = 0; c < W; ++c) {
+        sum[c] = x[n + c].part[0];
+        for (int i = 1; i < V::parts; ++i) sum[c] += x[n + c].part[i];
+      }
+      fold<W, W>(sum);
+      memcpy(out + n, sum, sizeof sum[0]);
+    }
+  }
+#endif
+  for (; n < N; ++n) out[n] = sum_of_lanes(x[n]);
+}
 
 // out[m] = sum_k w[m * row_stride + k * column_stride] * x[k], of M and K.
 template <int M, int K, class V>

@@ -24,7 +24,7 @@ from .trace import trace, trace_joint
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _VECTOR_BYTES = 64
-_MANY_FLOPS = 20_000  # of a sample: matrix products pay for more lanes
+_MANY_FLOPS = 5_000  # of a sample: the rows of its matrix products keep the machine busy
 NO_GRADIENTS = "programs on GPUs have no backward pass yet: solve under torch.no_grad(), or with func itself"
 # The entries of a program, by its backward pass.
 _NAMES = {
@@ -119,16 +119,12 @@ class State:
 
 
 def lanes_for(layout: Layout, form: Form, dtype: torch.dtype) -> int:
-    """How many samples to work on together: whole vectors, and two of them where there are samples enough, to
-    have something to do while one waits for the other."""
+    """How many samples to work on together: one vector, so that few lanes are left empty and work space stays near;
+    two for a field of few operations, to have something to do while one waits for the other."""
     if layout.kind == WHOLE or layout.samples == 1:
         return 1
     vector = _VECTOR_BYTES // dtype.itemsize
-    if layout.samples <= vector:
-        return vector
-    if form.flops["slope"] >= _MANY_FLOPS and layout.samples >= 3 * vector:
-        return 3 * vector
-    return 2 * vector
+    return vector if layout.samples <= vector or form.flops["slope"] >= _MANY_FLOPS else 2 * vector
 
 
 def assemble(problem: Problem, func, backward) -> tuple[Program, tuple[torch.Tensor, ...]]:

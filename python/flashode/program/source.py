@@ -19,6 +19,7 @@ _INLINE = 40  # statements of a function that is copied to all places where it i
 _CHEAP = frozenset(
     "neg add sub mul square cube abs relu maximum minimum where copy as_real gt ge lt le eq ne".split()
 )
+_LONG, _APART = 32, 5  # an array in work space, and what lies between it and the next
 _FEW_TERMS = 48  # of a sum that is written out
 
 
@@ -115,30 +116,29 @@ class _Writer:
             if a.kind == Kind.PREPARED:
                 self.prepared[id(a)] = self.prepared_size
                 self.prepared_size += a.size
-        kept, kept_size, uniform = {}, 0, []
+        kept, kept_space, uniform = {}, _Space(), []
         if self.gradients:
             needed = self.read_by(back)
             again = self.made_again(primal, needed)
             for a in primal:
                 if id(a) in needed and a.kind == Kind.LANES and id(a) not in again:
-                    kept[id(a)] = kept_size
-                    kept_size += a.size
+                    kept[id(a)] = kept_space.take(a.size)
             again = [a for a in primal if id(a) in again]
             needed |= self.read_by(again)
             uniform = self.closure([a for a in primal if id(a) in needed and a.kind == Kind.UNIFORM])
-            back = again + back
+            back = _before_use(again, back, form)
         f_only = _Section(
             self, "slope", self.forward(primal) if self.gradients else primal, {}, {"f": form.outputs["f"]}
         )
         parts = [self.function("slope", f_only)]
-        scratch = f_only.scratch_size
+        scratch = f_only.spaces["scratch"].size
         if self.gradients:
             keeping = _Section(self, "slope_keeping", primal, kept, {"f": form.outputs["f"]})
             parts.append(self.function("slope_keeping", keeping))
             outputs = {"adj_y": form.outputs.get("of_y"), "adj_t": form.outputs.get("of_t")}
             pulling = _Section(self, "pull_back", uniform + back, kept, outputs, reads_kept=True)
             parts.append(self.function("pull_back", pulling))
-            scratch = max(scratch, keeping.scratch_size, pulling.scratch_size)
+            scratch = max(scratch, *(section.spaces["scratch"].size for section in (keeping, pulling)))
         preparing = _Section(self, "prepare", [a for a in form.arrays if a.kind == Kind.PREPARED], {}, {})
         derive = preparing.text()  # last: sections may ask for packed copies
         width = next(a.size for a in form.arrays if a.operation == "y")
@@ -148,7 +148,7 @@ class _Writer:
         finish = _Section(self, "finish", self.late, {}, {}).text() if self.gradients else ""
         members = {
             "lanes": self.lanes, "width": width, "own": len(self.own), "prepared": self.prepared_size,
-            "kept": kept_size, "scratch": scratch, "lane_sums": self.lane_sums, "sums": self.sums,
+            "kept": kept_space.size, "scratch": scratch, "lane_sums": self.lane_sums, "sums": self.sums,
         }  # fmt: skip
         lines = [
             "struct Field {",
@@ -221,8 +221,7 @@ class _Writer:
         for a in primal:
             if a.kind != Kind.LANES or id(a) not in needed:
                 continue
-            sources = {id(s) for o in a.operands for s in self.form.arrays_of(o.reshape(-1))}
-            if a.operation in _CHEAP and sources <= at_hand:
+            if a.operation in _CHEAP and _sources(a, self.form).keys() <= at_hand:
                 again.add(id(a))
             at_hand.add(id(a))
         return again
@@ -254,6 +253,49 @@ def _is_source(a: Array) -> bool:
     return a.operation in ("lane sum", "outer")
 
 
+def _sources(a: Array, form: Form) -> dict[int, Array]:
+    """The arrays that an array is made of, by their ids."""
+    return {id(s): s for o in a.operands for s in form.arrays_of(o.reshape(-1))}
+
+
+def _before_use(early: list[Array], late: list[Array], form: Form) -> list[Array]:
+    """Both, each of the early ones where it is first read, and no longer in memory than it has to be."""
+    order = [(a, _sources(a, form)) for a in late]
+    for a in reversed(early):
+        reader = next((n for n, (_, sources) in enumerate(order) if id(a) in sources), len(order))
+        order.insert(reader, (a, _sources(a, form)))
+    return [a for a, _ in order]
+
+
+class _Space:
+    """Work space in which arrays take the places of those that have ended."""
+
+    def __init__(self):
+        self.size, self.gaps = 0, []
+
+    def take(self, size: int) -> int:
+        """Where an array begins: in the first gap that is large enough."""
+        size = self.padded(size)
+        for n, (begin, end) in enumerate(self.gaps):
+            if end - begin >= size:
+                self.gaps[n] = begin + size, end
+                return begin
+        self.size += size
+        return self.size - size
+
+    def give_back(self, begin: int, size: int):
+        gaps = sorted([*self.gaps, (begin, begin + self.padded(size))])
+        self.gaps = []
+        for begin, end in gaps:
+            if self.gaps and self.gaps[-1][1] == begin:
+                begin = self.gaps.pop()[0]
+            self.gaps.append((begin, end))
+
+    def padded(self, size: int) -> int:
+        """Long arrays are not a power of two apart: their numbers would push each other out of the nearest cache."""
+        return size + _APART if size >= _LONG else size
+
+
 class _Section:
     """The body of one function."""
 
@@ -264,8 +306,11 @@ class _Section:
         self.wide = name in ("slope", "slope_keeping", "pull_back")
         self.lines: list[str] = []
         self.made = {id(a) for a in arrays}
-        self.scratch_size = 0
-        self.local_sizes = {"u": 0, "z": 0}
+        self.spaces = {"scratch": _Space(), "u": _Space(), "z": _Space()}
+        self.offsets = {}  # of arrays in them: the space, where they begin, and their size
+        self.copies = []  # the same of what one statement reads
+        made = [*arrays, *(a for slots in self.outputs.values() for a in self.form.arrays_of(slots))]
+        self.sources = {id(a): _sources(a, self.form) for a in made}
         self.tables: list[str] = []
         self.count = 0
         self.plan()
@@ -296,7 +341,6 @@ class _Section:
                     and name != "adj_t"
                 ):
                     self.direct[id(a)] = name
-        self.offsets = {}
 
     def unrolls(self, a: Array) -> bool:
         """Whether its numbers are written out one by one."""
@@ -331,16 +375,9 @@ class _Section:
         if a.operation == "outer" and id(a) in self.w.sum_offset and id(a) not in self.w.at_once:
             return "sums", self.w.sum_offset[id(a)]
         if id(a) not in self.offsets:
-            self.offsets[id(a)] = self.allocate(a)
-        return self.offsets[id(a)]
-
-    def allocate(self, a: Array):
-        if a.kind == Kind.LANES:
-            self.scratch_size += a.size
-            return "scratch", self.scratch_size - a.size
-        space = "u" if a.kind == Kind.UNIFORM else "z"
-        self.local_sizes[space] += a.size
-        return space, self.local_sizes[space] - a.size
+            space = {Kind.LANES: "scratch", Kind.UNIFORM: "u"}.get(a.kind, "z")
+            self.offsets[id(a)] = space, self.spaces[space].take(a.size), a.size
+        return self.offsets[id(a)][:2]
 
     def address(self, slot: int) -> tuple[str, int]:
         a = self.form.arrays[int(self.form.array_numbers(np.array([slot]))[0])]
@@ -383,42 +420,54 @@ class _Section:
     def text(self) -> str:
         self.write_arrays([a for a in self.arrays if not _is_given(a)])
         self.write_outputs()
-        declared = [f"Real {space}[{size}];" for space, size in self.local_sizes.items() if size]
+        declared = [f"Real {name}[{self.spaces[name].size}];" for name in "uz" if self.spaces[name].size]
         return "".join(f"    {line}\n" for line in [*self.tables, *declared, *self.lines])
 
     def write_arrays(self, arrays):
-        """All of them, loops shared where they can be."""
+        """All of them, loops shared where they can be; the places of those that nobody reads any more are free."""
+        groups = self.grouped(arrays)
+        last = {}
+        for n, group in enumerate(groups):
+            last |= {i: n for a in group for i in [id(a), *self.sources[id(a)]]}
+        for slots in [*self.outputs.values(), *self.final_slots()]:
+            for a in self.form.arrays_of(slots):
+                read = [id(a), *(self.sources[id(a)] if a.kind == Kind.SUM and id(a) in self.sources else ())]
+                last |= dict.fromkeys(read, len(groups))
+        for n, group in enumerate(groups):
+            if group[0].operation not in POINTWISE or self.unrolls(group[0]):
+                self.write_one(group[0])
+            else:
+                self.write_loop(group, [a for later in groups[n + 1 :] for a in later])
+            ended = [i for i in self.offsets if last[i] == n]
+            for space, begin, size in [*(self.offsets.pop(i) for i in ended), *self.copies]:
+                self.spaces[space].give_back(begin, size)
+            self.copies.clear()
+
+    def grouped(self, arrays) -> list[list[Array]]:
+        """Arrays in the order in which they are made; those that share a loop are together."""
         waiting, done = list(arrays), {id(a) for a in self.form.arrays} - {id(a) for a in arrays}
-        sources = {
-            id(a): {id(s) for o in a.operands for s in self.form.arrays_of(o.reshape(-1))} for a in arrays
-        }
+        groups = []
         while waiting:
-            first = waiting[0]
-            if first.operation not in POINTWISE or self.unrolls(first):
-                self.write_one(first)
-                done.add(id(first))
-                waiting.pop(0)
-                continue
-            group = [first]
-            for a in waiting[1:]:
-                if (
-                    a.operation in POINTWISE
-                    and a.size == first.size
-                    and not self.unrolls(a)
-                    and self.joins(a, group, done, sources)
-                ):
-                    group.append(a)
+            group = [waiting[0]]
+            if group[0].operation in POINTWISE and not self.unrolls(group[0]):
+                for a in waiting[1:]:
+                    if a.operation in POINTWISE and a.size == group[0].size and self.joins(a, group, done):
+                        group.append(a)
             chosen = {id(a) for a in group}
             waiting = [a for a in waiting if id(a) not in chosen]
-            self.write_loop(group, waiting)
+            groups.append(group)
             done |= chosen
+        return groups
 
-    def joins(self, a, group, done, sources):
-        """Whether an operation can be done in the loop of others: what it reads is there, or made in the same turn."""
-        inside = {id(g): g for g in group}
-        if not sources[id(a)] <= done | set(inside) or (a.kind == Kind.LANES) != (
-            group[0].kind == Kind.LANES
-        ):
+    def joins(self, a, group, done):
+        """Whether an operation is done in the loop of others: what it reads is there or made in the same turn, and
+        is what they work on, so that it is not brought from memory for this one alone."""
+        inside, reads = {id(g) for g in group}, self.sources[id(a)]
+        wide = a.kind == Kind.LANES
+        if not reads.keys() <= done | inside or wide != (group[0].kind == Kind.LANES) or self.unrolls(a):
+            return False
+        shared = inside.union(*(self.sources[id(g)] for g in group))
+        if wide and not any(i in shared for i, source in reads.items() if source.kind == Kind.LANES):
             return False
         for o in a.operands:
             for s in self.form.arrays_of(o):
@@ -569,12 +618,10 @@ class _Section:
         if not wide and self.name == "prepare":
             space, offset = "prepared", self.w.prepared_size
             self.w.prepared_size += slots.size
-        elif wide:
-            space, offset = "scratch", self.scratch_size
-            self.scratch_size += slots.size
         else:
-            space, offset = "u", self.local_sizes["u"]
-            self.local_sizes["u"] += slots.size
+            space = "scratch" if wide else "u"
+            offset = self.spaces[space].take(slots.size)
+            self.copies.append((space, offset, slots.size))
         numbers = self.form.array_numbers(slots)
         begin = 0
         while begin < slots.size:
@@ -732,7 +779,13 @@ class _Section:
                 self.assign(a, i, f"sum_of_lanes({self.ref(slot)})")
             return
         target, to = self.place(a)
-        self.copy_run(slots, target, to, True, "sum_of_lanes({})")
+        source, at = self.located(slots)
+        if (np.diff(at) == 1).all():
+            self.lines.append(
+                f"sums_of_lanes<{a.size}>({source} + {at[0]}, {target} + {to});{self.comment(a, 0)}"
+            )
+        else:
+            self.copy_run(slots, target, to, True, "sum_of_lanes({})")
         self.also_accumulated(a, target, to)
 
     def write_outer(self, a: Array):
