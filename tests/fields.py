@@ -73,7 +73,8 @@ FUNCTIONS = {
     "pieces": lambda y: torch.where(y > 0.1, y * y, -y) + torch.clamp(y, -0.3, 0.4) + y.clamp(min=-0.1) + y.abs(),
     "comparisons": lambda y: ((y > 0) & ~(y > 1)).to(y.dtype) - ((y <= -1) | (y >= 2)).double() + (y != 0) * y,
     "steps": lambda y: torch.sign(y) * 0.1 + torch.floor(3 * y) * 0.01 + torch.ceil(y) * 0.1 + torch.round(2 * y) * 0.1,
-    "remainders": lambda y: torch.remainder(y, 0.7) + torch.fmod(y, 0.6) - torch.frac(y),
+    "remainders": lambda y: torch.remainder(y, 0.7) + torch.fmod(y, 0.6) - torch.frac(y) + torch.remainder(y, -y.flip(-1))
+    + 0.1 * torch.div(y, 0.3, rounding_mode="floor") + torch.fmod(y, math.inf),
     "two_arguments": lambda y: torch.maximum(y, y.flip(-1)) + torch.minimum(y, -y) + torch.atan2(y, y * y + 1)
     + torch.hypot(y, y.flip(-1)) + torch.pow(y * y + 1, y) + torch.logaddexp(y, -y),
     "integer_powers": lambda y: torch.pow(y, 5) * 0.1 + torch.float_power(y * y + 1, 2).to(y.dtype) * 0.1,

@@ -268,6 +268,16 @@ def test_properties_and_operators_of_own_classes_are_looked_through():
     assert now.current() is None
 
 
+def test_whole_numbers_are_a_part_of_the_program():
+    order = torch.tensor([0, 1])
+    now, inputs = captured(lambda t, y: y[:, order])
+    assert same(now.current(), inputs)
+    order = torch.tensor([0, 1])
+    assert same(now.current(), [order])
+    order.copy_(torch.tensor([1, 0]))
+    assert now.current() is None
+
+
 def test_shared_tensors_have_to_stay_shared():
     net = Net()
     net.net[0].bias = nn.Parameter(torch.ones(4))

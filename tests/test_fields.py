@@ -1,5 +1,6 @@
 """Fields of every kind are compiled, and solved and differentiated as the reference engine does it."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -119,3 +120,33 @@ def test_samples_that_see_each_other_are_one_system_or_refused(options):
     else:
         with pytest.raises(CompileError, match=r"samples.*test_fields.py.*batched"):
             solve(flashode.compile(func))
+
+
+# Steps from 0 to 1 that are as long as f(0): what y = 1 then is, is f there.
+POINTS = [0.5, 1.0, 2.0, 3.0, -0.5, -1.0, 700.0, 1e10, 1e20, -1e20, 1e200, 0.0, 1e-30]
+EXACT = {
+    "remainder": lambda y: torch.remainder(y, 0.1),
+    "remainder of a negative": lambda y: torch.remainder(y, -0.1),
+    "remainder of infinity": lambda y: torch.remainder(y, math.inf).clamp(max=1.0),
+    "fmod": lambda y: torch.fmod(y, 0.1),
+    "floor of a quotient": lambda y: torch.div(y, 0.1, rounding_mode="floor"),
+    "hypot": lambda y: torch.hypot(y, 2 * y),
+    "sgn": torch.sgn,
+    "nothing of y": torch.ones_like,
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_functions_give_what_torch_gives_at_the_ends_of_their_domains(name):
+    def func(t, y):
+        return EXACT[name](y)
+
+    y0 = torch.tensor(POINTS, dtype=torch.float64).requires_grad_()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    ours, theirs = (
+        flashode.odeint(f, y0, t, method="euler", engine=engine)[1]
+        for f, engine in ((flashode.compile(func), "auto"), (func, "reference"))
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-14, atol=0, equal_nan=True)
+    ours, theirs = (torch.autograd.grad(x.sum(), y0)[0] for x in (ours, theirs))
+    assert torch.allclose(ours, theirs, rtol=1e-14, atol=0, equal_nan=True)

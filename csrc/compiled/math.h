@@ -2,8 +2,8 @@
 // branches of L. NaNs, infinities, signed zeros and subnormal numbers give what they give in torch.
 //
 // Errors of the vectors' in units of the last place: below 2.5; of exp, log, log1p, erf and pow
-// below 1.5. tan, sinh, cosh and the inverse functions other than atan ask the C library for one
-// lane after the other.
+// below 1.5. tan, sinh, cosh, fmod, hypot and the inverse functions other than atan ask the C library
+// for one lane after the other.
 #pragma once
 
 #include "lanes.h"
@@ -39,6 +39,8 @@ FLASHODE_SCALAR(erf)
 FLASHODE_SCALAR(erfc)
 FLASHODE_SCALAR_2(pow)
 FLASHODE_SCALAR_2(atan2)
+FLASHODE_SCALAR_2(fmod)
+FLASHODE_SCALAR_2(hypot)
 #undef FLASHODE_SCALAR
 #undef FLASHODE_SCALAR_2
 
@@ -400,12 +402,17 @@ FLASHODE_HD Vector<T, L> power(const Vector<T, L>& x, double exponent) {
   return exp(T(exponent) * log(x));
 }
 
-template <class T, int L>
-FLASHODE_HD Vector<T, L> atan2(const Vector<T, L>& y, const Vector<T, L>& x) {
-  Vector<T, L> out;
-  for (int l = 0; l < L; ++l) set_lane(out, l, atan2(lane(y, l), lane(x, l)));
-  return out;
-}
+#define FLASHODE_LANEWISE_2(name)                                                      \
+  template <class T, int L>                                                            \
+  FLASHODE_HD Vector<T, L> name(const Vector<T, L>& a, const Vector<T, L>& b) {        \
+    Vector<T, L> out;                                                                  \
+    for (int l = 0; l < L; ++l) set_lane(out, l, name(lane(a, l), lane(b, l)));        \
+    return out;                                                                        \
+  }
+FLASHODE_LANEWISE_2(atan2)
+FLASHODE_LANEWISE_2(fmod)  // exact, as no quotient that is rounded leads to it
+FLASHODE_LANEWISE_2(hypot)
+#undef FLASHODE_LANEWISE_2
 #define FLASHODE_MIXED(name)                                        \
   template <class T, int L>                                         \
   FLASHODE_HD Vector<T, L> name(const Vector<T, L>& a, Same<T> b) { \
@@ -417,6 +424,8 @@ FLASHODE_HD Vector<T, L> atan2(const Vector<T, L>& y, const Vector<T, L>& x) {
   }
 FLASHODE_MIXED(pow)
 FLASHODE_MIXED(atan2)
+FLASHODE_MIXED(fmod)
+FLASHODE_MIXED(hypot)
 #undef FLASHODE_MIXED
 
 #endif  // __CUDACC__

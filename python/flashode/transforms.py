@@ -30,6 +30,11 @@ def is_batched(x: torch.Tensor) -> bool:
     return False
 
 
+def is_batch_of_gradients(x: torch.Tensor) -> bool:
+    """Whether a backward pass is done for several gradients at once, as by ``is_grads_batched=True``."""
+    return torch._C._dispatch_keys(x).has(torch._C._parse_dispatch_key("Batched"))
+
+
 def require_readable(x: torch.Tensor, reader: str):
     """Refuses a Tensor that ``reader`` has to read, where torch.func.vmap keeps it from being read."""
     if is_batched(x):

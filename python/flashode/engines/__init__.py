@@ -23,10 +23,10 @@ SWEEPS = {"native": native.sweep, "reference": reference_sweep.sweep, "compiled"
 
 def choose(problem: Problem, engine: str, engines=ENGINES):
     """The engine to use. A named engine that cannot serve raises; only "auto" falls back, and never from a
-    compiled field to calls of Python: that would be slower in silence."""
+    compiled field to calls of Python: that would be slower in silence, but for a state without numbers."""
     if not isinstance(engine, str) or engine not in ("auto", *engines):
         raise ArgumentError(f"engine must be one of {['auto', *engines]}, got {engine!r}")
-    if engine == "auto" and isinstance(problem.func, CompiledField):
+    if engine == "auto" and isinstance(problem.func, CompiledField) and problem.y0.numel():
         engine = "compiled"
     if engine == "auto":
         return next(name for name, e in engines.items() if e.supports(problem) is None)

@@ -43,6 +43,10 @@ def supports(problem: Problem) -> str | None:
         return reason
     if p.y0.is_cuda and torch.is_grad_enabled() and (p.y0.requires_grad or p.differentiates_time):
         return NO_GRADIENTS
+    if not p.y0.numel():
+        return "y0 is empty"
+    if torch.is_autocast_enabled(p.y0.device.type):
+        return "torch.autocast is active, and programs work in the precision of y0"
     if p.dtypes is not None and len(set(p.dtypes)) > 1:
         return "the members of y0 have different dtypes"
     if p.events:
@@ -169,7 +173,10 @@ class _Run:
         call = self.call
         if self.batched:
             n = call.samples
-            self.whole, self.real = torch.empty((4, n), dtype=torch.int64), torch.empty((3, n), dtype=torch.float64)
+            self.whole, self.real = (
+                torch.empty((4, n), dtype=torch.int64),
+                torch.empty((3, n), dtype=torch.float64),
+            )
             whole, real = self.whole.data_ptr(), self.real.data_ptr()
         else:
             n = 1
@@ -283,7 +290,8 @@ def sweep(augmented: Augmented) -> Gradients:
     adj_y, grads = run.pull_back("sweep", g.grad_ys, grad_t)
     found = {id(x): grad for x, grad in zip(inputs, grads) if grad is not None}
     adj_params = [
-        found[id(param)].to(param.dtype) if id(param) in found else torch.zeros_like(param) for param in g.params
+        found[id(param)].to(param.dtype) if id(param) in found else torch.zeros_like(param)
+        for param in g.params
     ]
     (status, accepted, rejected, _), (t, dt, error_ratio) = run.whole, run.real
     vjp_t = torch.zeros((), dtype=program.dtype) if grad_t is None else grad_t[0].to(program.dtype)
@@ -383,6 +391,11 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ys):
+        if transforms.is_batched(grad_ys) or transforms.is_batch_of_gradients(grad_ys):
+            raise ArgumentError(
+                "the backward pass of a compiled field takes one gradient at a time: leave out is_grads_batched=True or "
+                "vectorize=True, or solve with func itself"
+            )
         grads = _Solve.gradients(ctx, grad_ys.detach())
         if torch.is_grad_enabled():
             grads = first_only(
@@ -406,8 +419,7 @@ class _Solve(torch.autograd.Function):
         adj_y0, grads = run.pull_back("reverse", grad_ys, grad_t)
         grads = [g.to(x.dtype) for g, x in zip(grads, inputs) if g is not None]
         if grad_t is not None:
-            direction = p.direction[: len(grad_t), None] if run.batched else p.direction
-            grad_t = (direction * grad_t).reshape(ctx.times.shape).to(ctx.times)
+            grad_t = grad_t.reshape(ctx.times.shape).to(ctx.times)
         return adj_y0, grad_t, grad_grid, *grads
 
 

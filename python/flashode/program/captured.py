@@ -191,9 +191,8 @@ class Captured:
         positions = {id(x): i for i, x in enumerate(_flat(after.args)) if isinstance(x, Tensor)}
         for i, x in enumerate(tensors):
             found = [(r.get, r.key) for r in after.tensors.get(id(x), ())]
-            self._tensors.append(
-                (x, positions.get(id(x)), found, (x.shape, x.dtype, x.device, x.requires_grad))
-            )
+            alike = x.shape, x.dtype, x.device, x.requires_grad
+            self._tensors.append((x, positions.get(id(x)), found, alike, _numbers_in_program(x)))
             if not found and id(x) not in positions:
                 self.fixed.append(i)
 
@@ -226,7 +225,7 @@ class Captured:
 
     def _now(self, args) -> tuple[Tensor, ...] | None:
         tensors = []
-        for x, position, references, alike in self._tensors:
+        for x, position, references, alike, numbers in self._tensors:
             if position is not None:
                 x = args[position]
             elif references:
@@ -237,8 +236,15 @@ class Captured:
                     return None
             if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device, x.requires_grad) != alike:
                 return None
+            if numbers is not None and not torch.equal(x, numbers):
+                return None
             tensors.append(x)
         return tuple(tensors)
+
+
+def _numbers_in_program(x: Tensor) -> Tensor | None:
+    """Of a tensor of whole numbers, which may be indices: they are in the program, and have to stay."""
+    return None if x.is_floating_point() or x.dtype == torch.bool else x.detach().clone()
 
 
 def _changed(reference: _Reference) -> bool:

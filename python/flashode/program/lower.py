@@ -105,7 +105,9 @@ class _Lowering:
         """A tensor whose values are known."""
         if x.is_complex():
             raise self.refusal("complex numbers")
-        values, places = np.unique(x.detach().cpu().double().numpy().reshape(-1), return_inverse=True)
+        values, places = np.unique(
+            x.detach().cpu().double().numpy(force=True).reshape(-1), return_inverse=True
+        )
         slots = np.array([self.literal(v) for v in values], np.int64)
         codes = (
             (slots * self.stride)[places].reshape(tuple(x.shape))
@@ -458,20 +460,24 @@ class _Lowering:
         return self.pointwise("div", self.pointwise("log", x), math.log(10))
 
     def do_div(self, x, y, rounding_mode=None):
+        if rounding_mode == "floor":
+            return self.floor_of_quotient(x, y)
         q = self.pointwise("div", x, y)
         return q if rounding_mode is None else self.pointwise(rounding_mode, q)
 
-    def do_hypot(self, x, y):
-        squares = [self.pointwise("square", self.as_codes(v)) for v in (x, y)]
-        return self.pointwise("sqrt", self.pointwise("add", *squares))
+    def floor_of_quotient(self, x, y):
+        """By the remainder, as torch does it: the quotient itself may be rounded up to a whole number."""
+        whole = self.pointwise("div", self.pointwise("sub", x, self.do_remainder(x, y)), y)
+        return self.pointwise(
+            "where", self.pointwise("eq", y, 0.0), self.pointwise("div", x, y), self.do_round(whole)
+        )
 
     def do_remainder(self, x, y):
-        whole = self.pointwise("floor", self.pointwise("div", x, y))
-        return self.pointwise("sub", x, self.pointwise("mul", whole, y))
-
-    def do_fmod(self, x, y):
-        whole = self.pointwise("trunc", self.pointwise("div", x, y))
-        return self.pointwise("sub", x, self.pointwise("mul", whole, y))
+        rest, zero = self.pointwise("fmod", x, y), 0.0
+        below = self.pointwise("logical_and", self.pointwise("lt", rest, zero), self.pointwise("gt", y, zero))
+        above = self.pointwise("logical_and", self.pointwise("gt", rest, zero), self.pointwise("lt", y, zero))
+        other_sign = self.pointwise("logical_or", below, above)
+        return self.pointwise("where", other_sign, self.pointwise("add", rest, y), rest)
 
     def do_round(self, x, decimals=0):
         if decimals:

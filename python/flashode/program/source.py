@@ -212,6 +212,7 @@ class _Writer:
     def read_by(self, arrays) -> set[int]:
         slots = [o.reshape(-1) for a in arrays for o in a.operands]
         slots += [s for name, s in self.form.outputs.items() if name != "f"]
+        slots.append(np.zeros(0, np.int64))  # where f depends on nothing
         return {id(a) for a in self.form.arrays_of(np.concatenate(slots))}
 
     def made_again(self, primal, needed) -> set[int]:

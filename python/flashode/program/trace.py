@@ -244,8 +244,8 @@ def _finish(recorder: Recorder, captured, inputs, device) -> Trace:
 def _require_traceable(t: Tensor, y: Tensor):
     if torch.is_autocast_enabled(y.device.type):
         raise CompileError(
-            "a field cannot be compiled under torch.autocast: a program works in the precision of y0; leave autocast around "
-            "the solve, or give y0 and the parameters the lower precision"
+            "a field cannot be compiled under torch.autocast: a program works in the precision of y0; solve "
+            "under torch.autocast(..., enabled=False), or without flashode.compile"
         )
     for x in (t, y):
         if x.is_complex():
