@@ -73,7 +73,8 @@ class Chunks {
   using Real = typename Field::Real;
   using V = StateOf<Field>;
 
-  // `space` is the work space of a chunk, `operations` what a tile takes.
+  // `space` is the work space of a chunk, which the next one of the same thread uses again; `operations`
+  // is what a tile takes.
   Chunks(const Call& call, int64_t space, int64_t operations)
       : call_(call),
         tiles_(tiles_of<Field>(call)),
@@ -82,7 +83,7 @@ class Chunks {
         points_(call.grad_grid ? call.grid_points : 0),
         times_(call.grad_t ? call.outputs : 0),
         prepared_(Field::prepared),
-        vectors_(count_ * (space + Field::lane_sums)),
+        vectors_(count_ * Field::lane_sums + threads_ * space),
         sums_(count_ * Field::sums),
         of_times_(count_ * (times_ + points_)),
         space_(space) {}
@@ -109,16 +110,15 @@ class Chunks {
 
  private:
   Chunk<Field> operator[](int64_t c) const {
-    V* const lane_sums = vectors_.data() + c * (space_ + Field::lane_sums);
     double* const of_times = of_times_.data() + c * (times_ + points_);
     return {tiles_ * c / count_,
             tiles_ * (c + 1) / count_,
             prepared_.data(),
-            lane_sums,
+            vectors_.data() + c * Field::lane_sums,
             sums_.data() + c * Field::sums,
             call_.grad_t ? of_times : nullptr,
             call_.grad_grid ? of_times + times_ : nullptr,
-            lane_sums + Field::lane_sums};
+            vectors_.data() + count_ * Field::lane_sums + this_thread() * space_};
   }
 
   template <class T>
@@ -148,7 +148,7 @@ class Chunks {
   const int threads_;
   const int64_t points_, times_;
   const Buffer<Real> prepared_;
-  const Buffer<V> vectors_;
+  const Buffer<V> vectors_;  // those sums, then the work space of threads
   const Buffer<Real> sums_;
   const Buffer<double> of_times_;
   const int64_t space_;
