@@ -118,6 +118,7 @@ SHAPES = {
     "heat": lambda: (lambda t, y: F.pad(y[:, 2:] - 2 * y[:, 1:-1] + y[:, :-2], (1, 1), value=0.01) * 10, state(SAMPLES, 40)),
     "triangle": lambda: (Closure(lambda s, t, y: y @ torch.tril(s.w) - y, w=state(4, 4).requires_grad_()), state(SAMPLES, 4)),
     "mask": lambda: (Closure(lambda s, t, y: torch.where(s.mask, -y, y * s.w), mask=torch.tensor([True, False, True]), w=state(3).requires_grad_()), state(SAMPLES, 3)),
+    "weight_norm": lambda: (Closure(lambda s, t, y: s.layer(y), layer=nn.utils.parametrizations.weight_norm(nn.Linear(3, 3).double())), state(SAMPLES, 3)),
     "constants": lambda: (lambda t, y: y @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=y.dtype) + torch.linspace(0, 1, 2, dtype=y.dtype), state(SAMPLES, 2)),
     "image": lambda: (lambda t, y: y.permute(0, 2, 3, 1).flatten(1).cos().reshape(-1, 2, 3, 2) * y, state(SAMPLES, 2, 3, 2)),
 }  # fmt: skip

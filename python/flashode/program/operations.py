@@ -98,6 +98,12 @@ def _silu_backward(grad, x):
     return grad * (s * (1 + x * (1 - s)))
 
 
+def _weight_norm_backward(grad, v, g, norms, dim):
+    others = [i for i in range(v.ndim) if i != dim % v.ndim]
+    along = (grad * v).sum(others, keepdim=True)
+    return g / norms * (grad - v * (along / (norms * norms))), along / norms
+
+
 def _sum_of(c, product, beta, alpha):
     product = product if alpha == 1 else product * alpha
     return product + (c if beta == 1 else c * beta)
@@ -109,6 +115,7 @@ DECOMPOSITIONS |= {
     aten.threshold_backward.default: lambda grad, x, threshold: torch.where(x <= threshold, 0.0, grad),
     aten.sigmoid_backward.default: lambda grad, y: grad * (y * (1 - y)),
     aten.tanh_backward.default: lambda grad, y: grad * (1 - y * y),
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
     aten.silu.default: lambda x: x * x.sigmoid(),
     aten.silu_backward.default: _silu_backward,
     aten.softplus.default: _softplus,
