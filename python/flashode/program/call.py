@@ -59,7 +59,10 @@ class DeviceCall(ctypes.Structure):
 
     _fields_ = [
         ("call", Call),
-        *((name, c_void_p) for name in ("prepared", "sums", "of_blocks", "arrived", "accepted_times", "extends")),
+        *(
+            (name, c_void_p)
+            for name in ("prepared", "sums", "of_blocks", "arrived", "accepted_times", "extends")
+        ),
         ("room", c_int64),
         *((name, c_void_p) for name in ("rounds", "failed", "returned", "started", "probed", "nfe")),
     ]

@@ -20,7 +20,9 @@ def explain(field) -> str:
     held = [(program, captured) for programs in field._programs.values() for program, captured in programs]
     if not held:
         return f"{field!r}: nothing is compiled yet; it is at the first solve"
-    return "\n\n".join([f"{field!r}: {len(held)} program{'s' * (len(held) > 1)}", *(_program(*pair) for pair in held)])
+    return "\n\n".join(
+        [f"{field!r}: {len(held)} program{'s' * (len(held) > 1)}", *(_program(*pair) for pair in held)]
+    )
 
 
 def _program(program: Program, captured) -> str:

@@ -49,6 +49,14 @@ class Array:
     def slots(self) -> np.ndarray:
         return np.arange(self.base, self.base + self.size)
 
+    @property
+    def is_given(self) -> bool:
+        return not self.operands
+
+    @property
+    def sums_samples(self) -> bool:
+        return self.operation in ("lane sum", "outer")
+
 
 @dataclass
 class Form:
@@ -76,6 +84,10 @@ class Form:
 
     def arrays_of(self, slots: np.ndarray) -> list[Array]:
         return [self.arrays[i] for i in np.unique(self.array_numbers(slots))]
+
+    def sources_of(self, a: Array) -> dict[int, Array]:
+        """The arrays that an array is made of, by their ids."""
+        return {id(s): s for o in a.operands for s in self.arrays_of(o.reshape(-1))}
 
     @property
     def flops(self) -> dict[str, int]:
