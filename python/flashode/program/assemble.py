@@ -17,7 +17,8 @@ from . import build, cuda
 from .call import Call
 from .ir import Form
 from .layout import ROWS, WHOLE, Layout, layouts
-from .lower import Mixing, lower
+from .lower import lower
+from .samples import Mixing
 from .source import Fields, field_source
 from .tables import method_source
 from .trace import trace, trace_joint
