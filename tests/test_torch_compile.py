@@ -1,4 +1,4 @@
-"""Solves inside torch.compile and torch.export, and solves of compiled fields."""
+"""Solves inside torch.compile and torch.export, and solves of fields that torch.compile has compiled."""
 
 import functools
 import shutil
