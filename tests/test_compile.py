@@ -177,6 +177,22 @@ def test_what_the_backward_pass_needs_must_not_change(net):
         ys.sum().backward()
 
 
+def test_the_backward_pass_has_the_memory_of_the_solve():
+    class Decay(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.full((1000,), 0.5, dtype=F64))
+
+        def forward(self, t, y):
+            return -self.rate * y
+
+    func, y0 = Decay(), torch.ones(3, 1000, dtype=F64)
+    ys = odeint(flashode.compile(func), y0, T)
+    func.rate.data = torch.full((1000,), math.nan, dtype=F64)  # the memory of before has no name any more
+    ys[-1].sum().backward()
+    assert torch.allclose(func.rate.grad, torch.full((1000,), -3 * 1.7 * math.exp(-0.85), dtype=F64), rtol=1e-6)
+
+
 def test_second_derivatives_are_refused(net):
     y0 = starts().requires_grad_()
     (grad,) = torch.autograd.grad(odeint(net, y0, T).sum(), y0, create_graph=True)

@@ -99,8 +99,9 @@ class _Run:
 
     def array(self, x: torch.Tensor, dtype) -> torch.Tensor:
         """Contiguous memory with the values of a tensor: its own, if it is so."""
+        x = x.detach()  # holds the memory even where ``x.data = ...`` gives x another
         if x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
-            x = x.detach().to("cpu", dtype).contiguous()
+            x = x.to("cpu", dtype).contiguous()
         self.kept.append(x)
         return x
 
