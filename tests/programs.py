@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-import flashode
 from flashode.batched import BatchProblem
 from flashode.problem import Problem
 from flashode.program.call import Call, Interrupted, load
 from flashode.program.tables import method_source
 
-HEADERS = Path(flashode.__file__).parents[2] / "csrc" / "compiled"
+HEADERS = Path(__file__).resolve().parents[1] / "csrc" / "compiled"
 ENTRIES = {
     "solve": "solve<Field, Method>",
     "reverse": "reverse<Field, Method>",
