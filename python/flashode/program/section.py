@@ -242,14 +242,18 @@ class Section(Places):
                 text = f"splat<V>({text})" if wide and not self.is_lanes(slot) else text
                 self.lines.append(f"{space}[{at + i}] = {form.format(text)};")
             return
-        source, places = found
+        loops, index, text = self.loops_over(slots, *found, wide)
+        self.lines.append(f"{loops} {space}[{at} + {index}] = {form.format(text)};")
+
+    def loops_over(self, slots, space, places, wide) -> tuple[str, str, str]:
+        """Loops through slots in one space: their heads, how far they are, and the number there."""
         sizes, strides = self.nest_of([places], slots.size)
         variables = [f"i{level}" for level in range(len(sizes))]
         index = sum_of(variables, row_major(sizes))
-        text = f"{source}[{self.at(places, variables, strides[0], index)}]"
+        text = f"{space}[{self.at(places, variables, strides[0], index)}]"
         text = f"splat<V>({text})" if wide and not self.is_lanes(slots[0]) else text
-        loops = " ".join(f"for (int {v} = 0; {v} < {n}; ++{v})" for v, n in zip(variables, sizes))
-        self.lines.append(f"{loops} {space}[{at} + {index}] = {form.format(text)};")
+        heads = " ".join(f"for (int {v} = 0; {v} < {n}; ++{v})" for v, n in zip(variables, sizes))
+        return heads, index, text
 
     def nest_of(self, columns, n):
         """Sizes of nested loops over n, and for each column of addresses its strides; None for one that needs a table."""
@@ -449,13 +453,7 @@ class Section(Places):
         wide = self.wide
         found = None if slots.size <= FEW else self.addresses(slots)
         if found is not None and not any(a.boolean for a in self.form.arrays_of(slots)):
-            space, at = found
-            sizes, strides = self.nest_of([at], slots.size)
-            variables = [f"i{level}" for level in range(len(sizes))]
-            index = sum_of(variables, row_major(sizes))
-            value = f"{space}[{self.at(at, variables, strides[0], index)}]"
-            value = f"splat<V>({value})" if wide and not self.is_lanes(slots[0]) else value
-            loops = " ".join(f"for (int {v} = 0; {v} < {n}; ++{v})" for v, n in zip(variables, sizes))
+            loops, index, value = self.loops_over(slots, *found, wide)
             self.lines.append(f"{loops} {statement.format(to=f'{target}[{offset} + {index}]', value=value)}")
             return
         for i, slot in enumerate(slots):
