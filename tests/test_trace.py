@@ -1,6 +1,8 @@
 """What a field computes is recorded as a graph, with the tensors that it captures; what a graph cannot hold is refused."""
 
+import contextlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -400,3 +402,22 @@ def test_products_are_scaled_as_torch_does(name):
     shape = (3, 2, 2) if name == "baddbmm" else (2, 2)
     function, weight = getattr(torch, name), torch.randn(shape, dtype=F64)
     check(lambda t, y: function(y, y, weight, beta=2.0, alpha=0.5), torch.randn(shape, dtype=F64), inputs=1)
+
+
+def test_threads_that_record_leave_torch_compile_as_it_was(monkeypatch):
+    import torch._dynamo  # with it, functions that torch.compile has compiled are recorded as they were written
+
+    stance = torch._dynamo.eval_frame._stance.stance
+    both_inside = threading.Barrier(2)
+
+    def func(t, y):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_inside.wait(0.2)  # would let two threads at once in, if they came in at once
+        return -y
+
+    threads = [threading.Thread(target=trace, args=(func, torch.tensor(0.0), torch.ones(2))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch._dynamo.eval_frame._stance.stance == stance

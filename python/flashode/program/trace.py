@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -254,18 +255,24 @@ def _require_traceable(t: Tensor, y: Tensor):
             )
 
 
+# The stance of torch.compile is the process's: of two threads that change and restore it in turns, the second
+# would restore what the first had set.
+_recording = threading.RLock()
+
+
 @contextlib.contextmanager
 def _ordinary(grad_mode: bool | None = None):
     """Tensors as they are everywhere: no inference mode, and functions of torch.compile as they were written."""
     grad_mode = torch.is_grad_enabled() if grad_mode is None else grad_mode
-    # Without TorchDynamo nothing has been compiled, and naming it here would import it.
-    eager = (
-        torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
-        else contextlib.nullcontext()
-    )
-    with eager, torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
-        yield
+    with _recording:
+        # Without TorchDynamo nothing has been compiled, and naming it here would import it.
+        eager = (
+            torch.compiler.set_stance("force_eager")
+            if "torch._dynamo" in sys.modules
+            else contextlib.nullcontext()
+        )
+        with eager, torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
+            yield
 
 
 def _next_to(x: Tensor) -> Tensor:
