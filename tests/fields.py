@@ -75,6 +75,11 @@ FUNCTIONS = {
     "steps": lambda y: torch.sign(y) * 0.1 + torch.floor(3 * y) * 0.01 + torch.ceil(y) * 0.1 + torch.round(2 * y) * 0.1,
     "remainders": lambda y: torch.remainder(y, 0.7) + torch.fmod(y, 0.6) - torch.frac(y) + torch.remainder(y, -y.flip(-1))
     + 0.1 * torch.div(y, 0.3, rounding_mode="floor") + torch.fmod(y, math.inf),
+    "logic": lambda y: (
+        torch.where(torch.isinf(y) | ~torch.isfinite(y), 0.0, y) + y.amin(1, keepdim=True)
+        + torch.logical_xor(y > 0, y > 0.2).double() + (y > 0.5).any(1, keepdim=True).double() * y
+        + torch.rsub(y, 1.0) + torch.full_like(y, 0.1).fill_(0.2) * y
+    ),
     "two_arguments": lambda y: torch.maximum(y, y.flip(-1)) + torch.minimum(y, -y) + torch.atan2(y, y * y + 1)
     + torch.hypot(y, y.flip(-1)) + torch.pow(y * y + 1, y) + torch.logaddexp(y, -y),
     "integer_powers": lambda y: torch.pow(y, 5) * 0.1 + torch.float_power(y * y + 1, 2).to(y.dtype) * 0.1,

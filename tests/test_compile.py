@@ -90,6 +90,14 @@ def test_options_of_control_and_stops_are_the_reference_engines(net):
     assert ours.stats.nfe == theirs.stats.nfe and torch.allclose(ours.ys, theirs.ys, rtol=1e-11, atol=1e-12)
 
 
+def test_calls_of_func_are_counted_out():
+    for grad, calls in ((False, 4), (True, 6)):
+        func = Net()
+        with torch.set_grad_enabled(grad):
+            odeint(flashode.compile(func), starts(), T)
+        assert func.calls == calls  # as the docstring of compile says
+
+
 def test_a_solve_calls_no_python(net):
     odeint(net, starts(), T)
     before = net.func.calls
@@ -190,7 +198,9 @@ def test_the_backward_pass_has_the_memory_of_the_solve():
     ys = odeint(flashode.compile(func), y0, T)
     func.rate.data = torch.full((1000,), math.nan, dtype=F64)  # the memory of before has no name any more
     ys[-1].sum().backward()
-    assert torch.allclose(func.rate.grad, torch.full((1000,), -3 * 1.7 * math.exp(-0.85), dtype=F64), rtol=1e-6)
+    assert torch.allclose(
+        func.rate.grad, torch.full((1000,), -3 * 1.7 * math.exp(-0.85), dtype=F64), rtol=1e-6
+    )
 
 
 def test_second_derivatives_are_refused(net):
@@ -207,9 +217,12 @@ def test_recorded_steps_are_given_back_with_the_graph(net, monkeypatch):
     )
     ys = odeint(net, starts(), T)
     loss = ys.sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert not released
+    run, held = ys.grad_fn.run.run, []
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+        held.append(len(run.kept))
+    assert not released and len(set(held)) == 1
+    del run
     del ys, loss
     assert len(released) == 1
 

@@ -25,9 +25,9 @@ _OF_CALLS = ("_forward_", "_backward_")
 def compile(func) -> CompiledField:
     """Makes a field of which `odeint` and the others solve whole problems as one compiled program.
 
-    The first solve of a kind calls ``func`` three times, or five where gradients are wanted (four and seven where
+    The first solve of a kind calls ``func`` four times, or six where gradients are wanted (five and eight where
     func writes to tensors of its own), with slightly varied states; from what it does to them C++ is generated
-    and compiled, which takes seconds the first time and is kept on disk. Later solves do not call func at all:
+    and compiled, and what that gives is compared with what func gives, which takes seconds the first time and is kept on disk. Later solves do not call func at all:
     parameters and other tensors that it reads are looked up before every solve, so an optimizer may change
     them or put others in their place. Where Python values that it reads have changed, it is recorded again.
 

@@ -58,7 +58,6 @@ class Places:
         made = [*arrays, *(a for slots in self.outputs.values() for a in self.form.arrays_of(slots))]
         self.sources = {id(a): self.form.sources_of(a) for a in made}
         self.tables: list[str] = []
-        self.count = 0
         self.plan()
 
     # ---- places ----------------------------------------------------------------------------

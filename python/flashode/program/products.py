@@ -24,12 +24,6 @@ class Products(Samples):
             return Codes(torch.from_numpy(per_sample))
         return Codes(torch.from_numpy(np.stack([self.product(x, y) for x, y in zip(a, b)])))
 
-    def do_dot(self, a, b):
-        return self.do_sum(self.pointwise("mul", a, b))
-
-    def do_addmm(self, c, a, b, beta=1, alpha=1):
-        return self.pointwise("add", self.pointwise("mul", c, beta), self.do_mm(a, b), alpha=alpha)
-
     def product(self, a, b) -> np.ndarray:
         """Codes of ``a @ b``, (m, k) times (k, n)."""
         (m, k), n = a.shape, b.shape[1]

@@ -44,9 +44,6 @@ class Rules(Products):
                 return self.pointwise("reciprocal", self.pointwise("square", x))
         return self.pointwise("pow", x, power)
 
-    def do_rsub(self, x, other, alpha=1):
-        return self.pointwise("sub", other, x, alpha=alpha)
-
     def do_exp2(self, x):
         return self.pointwise("exp", self.pointwise("mul", x, math.log(2)))
 
@@ -81,9 +78,6 @@ class Rules(Products):
             raise self.refusal("round to decimals")
         return self.pointwise("round", x)
 
-    def do_isfinite(self, x):
-        return self.pointwise("eq", self.pointwise("sub", x, x), 0.0)
-
     def do_isinf(self, x):
         return self.pointwise("eq", self.pointwise("abs", x), math.inf)
 
@@ -104,13 +98,6 @@ class Rules(Products):
             x, y = self.as_codes(x), self.as_codes(y)
             return Codes(torch.where(condition, x.codes, y.codes), x.boolean and y.boolean)
         return self.pointwise("where", condition, x, y)
-
-    def do_fill(self, x, value):
-        value = self.as_codes(value)
-        return Codes(value.codes.expand(self.as_codes(x).codes.shape), value.boolean)
-
-    def do_scalar_tensor(self, value, **_):
-        return self.as_codes(value)
 
     def do_copy(self, x, source, non_blocking=False):
         source = self.as_codes(source)
@@ -138,7 +125,7 @@ class Rules(Products):
             raise self.refusal(f"a view as {shape}")
         return Codes(x.codes.reshape(shape), x.boolean)  # strides are of no account here
 
-    do_unsafe_view = do_reshape = do_view
+    do_unsafe_view = do_view
 
     def do_index_put(self, x, indices, values, accumulate=False):
         if any(isinstance(i, Codes) for i in indices):

@@ -83,7 +83,7 @@ class Samples:
         )
         return Codes(torch.tensor(codes), x.dtype == torch.bool)
 
-    def operation(self, name, operands, adjoint_of=None, boolean=False, size=None) -> Array:
+    def operation(self, name, operands, boolean=False, size=None) -> Array:
         """An array whose kind follows from the operands'."""
         slots = np.concatenate([o.reshape(-1) for o in operands])
         kind = Kind(int(self.kinds[slots].max(initial=0)))
