@@ -27,8 +27,8 @@ def compile(func) -> CompiledField:
 
     The first solve of a kind calls ``func`` four times, or six where gradients are wanted (five and eight where
     func writes to tensors of its own), with slightly varied states; from what it does to them C++ is generated
-    and compiled, and what that gives is compared with what func gives, which takes seconds the first time and is kept on disk. Later solves do not call func at all:
-    parameters and other tensors that it reads are looked up before every solve, so an optimizer may change
+    and compiled, which takes seconds the first time and is kept on disk, and what that gives is compared with
+    what func gives. Later solves do not call func at all: parameters and other tensors that it reads are looked up before every solve, so an optimizer may change
     them or put others in their place. Where Python values that it reads have changed, it is recorded again.
 
     Where the state is on a GPU, the program is a kernel, one thread a sample. It is compiled by cuda-core, which is
