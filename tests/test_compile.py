@@ -1,5 +1,7 @@
 """Solves of compiled fields: the reference engine's steps, results, failures and gradients, without a call of Python."""
 
+import copy
+import ctypes
 import math
 import signal
 import threading
@@ -10,9 +12,8 @@ import torch
 from torch import nn
 
 import flashode
-from flashode import ArgumentError, CompileError, SolveError, Status, odeint, odeint_adjoint, solve
-from flashode.engines import compiled as engine
-from flashode.program import operations
+from flashode import ArgumentError, ArgumentTypeError, CompileError, SolveError, Status, odeint, odeint_adjoint, solve
+from flashode.program import Program, operations
 
 F64 = torch.float64
 T = torch.tensor([0.0, 0.3, 1.0, 1.7], dtype=F64)
@@ -210,21 +211,96 @@ def test_second_derivatives_are_refused(net):
         grad.sum().backward()
 
 
-def test_recorded_steps_are_given_back_with_the_graph(net, monkeypatch):
-    released = []
-    monkeypatch.setattr(
-        engine._Run, "release", lambda self, old=engine._Run.release: (released.append(1), old(self))
-    )
+@pytest.fixture
+def given_back(monkeypatch, net):
+    """How often the recorded steps of a solve were given back; they are, all the same."""
+    addresses, kind = [], ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    def release(program, found=Program.release.fget):
+        def counted(recording):
+            addresses.append(recording)
+            kind(found(program))(recording)
+
+        program.counted = kind(counted)
+        return ctypes.cast(program.counted, ctypes.c_void_p).value
+
+    monkeypatch.setattr(Program, "release", property(release))
+    vars(net)["_before"] = None  # which has the address of before
+    yield addresses
+    vars(net)["_before"] = None
+
+
+def test_recorded_steps_are_given_back_after_the_backward_pass(net, given_back):
     ys = odeint(net, starts(), T)
     loss = ys.sum()
-    run, held = ys.grad_fn.run.run, []
     for _ in range(3):
         loss.backward(retain_graph=True)
-        held.append(len(run.kept))
-    assert not released and len(set(held)) == 1
-    del run
-    del ys, loss
-    assert len(released) == 1
+    assert not given_back
+    loss.backward()
+    assert len(given_back) == 1
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        ys.sum().backward()
+
+
+def test_recorded_steps_are_given_back_with_a_graph_that_nobody_went_through(net, given_back):
+    ys = odeint(net, starts(), T)
+    assert not given_back
+    del ys
+    assert len(given_back) == 1
+
+
+def test_without_gradients_steps_are_given_back_at_once(net, given_back):
+    frozen = flashode.compile(copy.deepcopy(net.func).requires_grad_(False))
+    held = [odeint(frozen, starts(), T)]
+    assert len(given_back) == 1
+    with torch.no_grad():
+        held += [odeint(net, starts(), T) for _ in range(2)]
+    assert len(given_back) == 3
+
+
+def test_a_call_like_the_one_before_is_still_looked_at(net):
+    y0, call = starts(), dict(rtol=1e-6, atol=1e-8, options={"max_num_steps": 50})
+    first, second = (odeint(net, y0, T, **call) for _ in range(2))
+    assert torch.equal(first, second) and second.grad_fn is not None
+    moved = odeint(net, y0 + 1, T, **call)
+    assert torch.equal(moved, odeint(net, y0 + 1, T, engine="compiled", **call))
+    assert not torch.equal(moved, first)
+    with pytest.raises(ArgumentError, match="y0 must be finite"):
+        odeint(net, y0 * math.nan, T, **call)
+    with pytest.raises(ArgumentTypeError, match="args must be a tuple"):
+        odeint(net, y0, T, args=1, **call)
+    with torch.no_grad():
+        assert odeint(net, y0, T, **call).grad_fn is None
+    assert odeint(net, y0[:2], T, **call).shape == (len(T), 2, *y0.shape[1:])
+    with pytest.raises(RuntimeError, match="dtype"):
+        odeint(net, y0.float(), T, **call)
+    with pytest.raises(SolveError, match="max_num_steps"):
+        odeint(net, 1e4 * y0, T, rtol=1e-13, atol=1e-13, options={"max_num_steps": 2})
+
+
+def test_times_that_are_written_to_are_seen(net):
+    t, y0 = T.clone(), starts()
+    ys = [odeint(net, y0, t, rtol=1e-6, atol=1e-8) for _ in range(2)][-1]
+    t.mul_(0.5)
+    others = odeint(net, y0, T.clone(), rtol=1e-6, atol=1e-8)
+    for ours, theirs in zip(*(torch.autograd.grad((x**2).sum(), list(net.parameters())) for x in (ys, others))):
+        assert torch.equal(ours, theirs)  # of the times that it was solved with
+    assert torch.equal(odeint(net, y0, t, rtol=1e-6, atol=1e-8), odeint(net, y0, t.clone(), rtol=1e-6, atol=1e-8))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_gradients_of_times_and_start_where_the_start_is_written_to(net, batched):
+    options = {"batched": batched}
+    grads = []
+    for spoil in (False, True):
+        y0, t = starts().requires_grad_(), T.clone().requires_grad_()
+        t2 = torch.cat([t[:1], t[:1], t[1:]]) if batched else t
+        start = y0 * 1.0
+        ys = odeint(net, start, t2, rtol=1e-6, atol=1e-8, options=options)
+        if spoil:
+            start.data.fill_(7.0)
+        grads.append(torch.autograd.grad((ys**3).sum(), [y0, t]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 # ---- what cannot be served -----------------------------------------------------------------------

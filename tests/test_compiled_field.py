@@ -390,7 +390,7 @@ def test_a_program_is_made_once_for_each_kind_of_problem(assembled):
     assert compiled.program(Problem(y0))[0] == 4
     assert assembled == [None, None, None, "reverse"]
     net.noise = torch.zeros(2)
-    program, tensors = compiled.program(Problem(y0))
+    program, tensors, _ = compiled.program(Problem(y0))
     assert program == 4 and any(x is net.noise for x in tensors)
 
 
@@ -411,6 +411,22 @@ def test_the_number_of_programs_has_a_limit(assembled, monkeypatch):
     for n in range(1, 5):
         compiled.program(Problem(torch.randn(n, 2), args=(1,)))
     assert sum(map(len, compiled._programs.values())) <= 3
+
+
+def test_a_field_that_changes_with_every_solve_draws_a_warning(assembled, monkeypatch):
+    monkeypatch.setattr(field, "OFTEN", 2)
+    net = Net()
+    compiled, y0 = compile(net), torch.randn(3, 2)
+    for sign in (1.0, 2.0, 1.0):
+        net.sign = sign
+        compiled.program(Problem(y0))
+    net.sign = 3.0
+    with pytest.warns(UserWarning, match="compiled 3 times .* 'sign' was 2.0 and is 3.0.*Tensor"):
+        compiled.program(Problem(y0))
+    decay = compile(lambda t, y, k: -k * y)
+    with pytest.warns(UserWarning, match="one of args was 1.0 and is 2.0"):
+        for k in (0.0, 1.0, 2.0):
+            decay.program(Problem(y0, args=(k,)))
 
 
 def test_threads_make_one_program(assembled):

@@ -2,15 +2,20 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "../kernels/launch.h"
 #include "batched.h"
 #include "driver.h"
+#include "program.h"
 #include "shown.h"
 #include "sweep.h"
 
 namespace py = pybind11;
+using flashode::Call;
+using flashode::Entry;
 using flashode::Interpolant;
+using flashode::ProgramSolve;
 using flashode::Table;
 
 namespace {
@@ -69,5 +74,24 @@ PYBIND11_MODULE(_C, m) {
         py::arg("interpolant"));
   m.def("replay", &flashode::replay, py::keep_alive<0, 2>(), py::keep_alive<0, 3>(),
         py::arg("problem"), py::arg("table"), py::arg("interpolant"), py::arg("shifts"));
+  py::class_<Entry, std::shared_ptr<Entry>>(m, "Entry")
+      .def(py::init<uintptr_t>(), py::arg("address"))
+      .def("__call__", [](Entry& entry, uintptr_t call) { entry(*reinterpret_cast<Call*>(call)); })
+      .def_property_readonly("calls", &Entry::calls)
+      .def_property_readonly("seconds", &Entry::seconds);
+  py::class_<ProgramSolve, std::shared_ptr<ProgramSolve>>(m, "ProgramSolve")
+      .def(py::init([](uintptr_t call, const at::Tensor& y0, std::shared_ptr<Entry> solve,
+                       std::shared_ptr<Entry> reverse, uintptr_t release, std::vector<int64_t> own,
+                       std::vector<int64_t> differentiable, bool own_clocks, bool steps_on_times,
+                       py::object memory) {
+             return std::make_shared<ProgramSolve>(
+                 call, y0, ProgramSolve::Parts{solve, reverse, release, own, differentiable, own_clocks,
+                                               steps_on_times, memory});
+           }),
+           py::arg("call"), py::arg("y0"), py::arg("solve"), py::arg("reverse"), py::arg("release"),
+           py::arg("own"), py::arg("differentiable"), py::arg("own_clocks"), py::arg("steps_on_times"),
+           py::arg("memory"))
+      .def("solve", &ProgramSolve::solve, py::arg("y0"), py::arg("inputs"), py::arg("t"), py::arg("grid"))
+      .def("again", &ProgramSolve::again, py::arg("y0"), py::arg("inputs"));
   m.def("sweep", &flashode::sweep, py::arg("augmented"), py::arg("table"), py::arg("interpolant"));
 }

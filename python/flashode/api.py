@@ -73,6 +73,10 @@ def odeint(
 
 @transforms.outside_graphs
 def _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress):
+    if isinstance(func, CompiledField) and event_fn is None and not progress and engine in ("auto", "compiled"):
+        ys = func.again(y0, t, rtol, atol, method, options, args)
+        if ys is not None:
+            return ys
     problem, solution = _solve(
         func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, True
     )

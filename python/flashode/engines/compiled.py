@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import time
 from array import array
 from dataclasses import replace
 
 import torch
 
-from .. import transforms
+from .. import extension, transforms
 from ..augmented import Augmented, Gradients, Path
 from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError, CompileError, Status, StepFailure
-from ..first_only import first_only
 from ..problem import Problem
 from ..program import NO_GRADIENTS, CompiledField, Program, cuda, example
-from ..program.call import Call, Returned, interruption
+from ..program.call import Call
 from ..progress import Progress
 from ..solution import Outcome
 from . import reference
@@ -33,6 +31,8 @@ def supports(problem: Problem) -> str | None:
     p = problem
     if not isinstance(p.func, CompiledField):
         return "func is not compiled; pass flashode.compile(func)"
+    if extension.C is None:
+        return extension.missing
     if p.method.family != "explicit":
         return f"no programs are generated for {p.method.name}"
     if p.y0.dtype not in (torch.float32, torch.float64):
@@ -68,12 +68,30 @@ def solve(problem: Problem, recording=None, params=None) -> Outcome:
         raise ArgumentError("the compiled engine keeps no dense output: solve with func itself, uncompiled")
     if any(isinstance(callback, Progress) for callback in problem.callbacks):
         raise ArgumentError(f"the compiled engine cannot serve this call: {supports(problem)}; {WAY_OUT}")
-    program, inputs = problem.func.program(problem)
+    program, inputs, captured = problem.func.program(problem)
     if not program.checked:
         check(problem, program, inputs)
-    if program.differentiable is None:
-        return _run(problem, program, inputs).solve(records=False)
-    return _recorded(problem, program, inputs, params)
+    outcome = _solved(problem, program, inputs, captured, params)
+    if not isinstance(problem, BatchProblem) and not outcome.status.ok:
+        find_culprit(problem, outcome)
+    return outcome
+
+
+def _solved(problem: Problem, program: Program, inputs, captured, params) -> Outcome | BatchOutcome:
+    if program.gpu:
+        return _DeviceRun(problem, program, inputs).solve()
+    ready = _ready(problem, program)
+    if params is None:
+        problem.func.remember(problem, captured, ready)
+    else:
+        wanted = {id(p) for p in params}
+        inputs = tuple(x if id(x) in wanted else x.detach() for x in inputs)
+    times = (x if x is not None and x.requires_grad else None for x in (problem.t, problem.grid))
+    fields = ready.solve(problem.y0, inputs, *times)
+    if isinstance(problem, BatchProblem):
+        return BatchOutcome(**fields)
+    ends = array("d", fields.pop("accepted_times"))
+    return Outcome(Status(fields.pop("status")), accepted_times=ends, **fields)
 
 
 def solve_batch(problem: BatchProblem) -> BatchOutcome:
@@ -84,18 +102,17 @@ def solve_batch(problem: BatchProblem) -> BatchOutcome:
 # ---- calls ---------------------------------------------------------------------------------
 
 
-class _Run:
-    """One problem as a program is called with it. Keeps alive what the call points to."""
+class _Asked:
+    """What a program is asked for by a problem, whatever the start and the numbers in tensors are. Keeps alive what
+    the call points to."""
 
-    def __init__(self, problem: Problem, program: Program, inputs):
+    def __init__(self, problem: Problem, program: Program):
         self.p, self.program = problem, program
         self.batched = isinstance(problem, BatchProblem)
         self.call, self.kept = Call(), []
-        self.inputs = [self.array(x, program.dtype) for x in inputs]
-        self.set_state()
+        self.set_places()
         self.set_control()
         self.set_times()
-        self.set_results()
 
     def array(self, x: torch.Tensor, dtype) -> torch.Tensor:
         """Contiguous memory with the values of a tensor: its own, if it is so."""
@@ -105,24 +122,22 @@ class _Run:
         self.kept.append(x)
         return x
 
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        """The numbers of a tensor that the caller may write to before the next solve."""
+        return self.array(x.detach().to("cpu", torch.float64, copy=True), torch.float64)
+
     def numbers(self, values, of=ctypes.c_double) -> int:
         memory = (of * max(1, len(values)))(*values)
         self.kept.append(memory)
         return ctypes.addressof(memory)
 
-    def set_state(self):
-        call, p, program = self.call, self.p, self.program
-        state = program.placed(p)
-        self.y0 = self.array(p.y0, program.dtype)
-        self.ys = self.y0.new_empty((self.outputs, *p.y0.shape))
-        self.y_end = torch.empty_like(self.y0)
+    def set_places(self):
+        call, p = self.call, self.p
+        state = self.program.placed(p)
         call.samples, call.row = state.samples, p.y0.numel()
         call.offset, call.stride, call.members = state.offset, state.stride, state.members
-        call.member_count = len(p.norm_offsets) - 1
-        call.y0, call.ys, call.y_end = self.y0.data_ptr(), self.ys.data_ptr(), self.y_end.data_ptr()
-        call.inputs = self.addresses(self.inputs)
-        call.own = self.addresses([self.inputs[i] for i, _, _ in program.own])
         call.own_offset, call.own_stride = state.own_offset, state.own_stride
+        call.member_count = len(p.norm_offsets) - 1
 
     @property
     def outputs(self) -> int:
@@ -142,22 +157,20 @@ class _Run:
         call.betas = tuple(control.betas)
         call.first_step = math.nan if p.first_step is None else p.first_step
         call.max_num_steps, call.perturb = p.max_num_steps, p.perturb
-        call.threads = torch.get_num_threads()
-        call.interrupted, self.raised = interruption()
 
     def set_times(self):
         call, p = self.call, self.p
         call.outputs = self.outputs
         if self.batched:
             shared = p.times.stride(0) == 0
-            self.times = self.array(p.times[:1] if shared else p.times, torch.float64)
+            self.times = self.copy(p.times[:1] if shared else p.times)
             call.times_stride = 0 if shared else self.outputs
             directions = self.array(p.direction, torch.float64)
             low, high = (self.array(x, torch.float64) for x in p.time_bounds)
             call.direction, call.low, call.high = directions.data_ptr(), low.data_ptr(), high.data_ptr()
             call.end = math.inf
         else:
-            self.times = self.array(p.t if p.direction > 0 else -p.t, torch.float64)
+            self.times = self.copy(p.t if p.direction > 0 else -p.t)
             call.direction = self.numbers((p.direction, *p.time_bounds))
             call.low, call.high = call.direction + 8, call.direction + 16
             call.end = p.end
@@ -170,43 +183,33 @@ class _Run:
             grid = self.array(p.grid, torch.float64)
             call.grid, call.grid_points = grid.data_ptr(), len(grid)
 
-    def set_results(self):
+
+class _Run(_Asked):
+    """One call of a program: of single evaluations, of a sweep, and of all on a GPU."""
+
+    def __init__(self, problem: Problem, program: Program, inputs):
+        super().__init__(problem, program)
+        self.inputs = [self.array(x, program.dtype) for x in inputs]
+        self.y0 = self.array(problem.y0, program.dtype)
+        self.ys = self.y0.new_empty((self.outputs, *problem.y0.shape))
+        self.y_end = torch.empty_like(self.y0)
         call = self.call
-        if self.batched:
-            n = call.samples
-            self.whole, self.real = (
-                torch.empty((4, n), dtype=torch.int64),
-                torch.empty((3, n), dtype=torch.float64),
-            )
-            whole, real = self.whole.data_ptr(), self.real.data_ptr()
-        else:
-            n = 1
-            self.whole, self.real = (ctypes.c_int64 * 4)(), (ctypes.c_double * 3)()
-            whole, real = ctypes.addressof(self.whole), ctypes.addressof(self.real)
-        call.status, call.accepted, call.rejected, call.filled = (whole + 8 * n * i for i in range(4))
-        call.t, call.dt, call.error_ratio = (real + 8 * n * i for i in range(3))
+        call.y0, call.ys, call.y_end = self.y0.data_ptr(), self.ys.data_ptr(), self.y_end.data_ptr()
+        call.inputs = self.addresses(self.inputs)
+        call.own = self.addresses([self.inputs[i] for i, _, _ in program.own])
+        call.threads = torch.get_num_threads()
+        self.set_results()
+
+    def set_results(self):
+        self.whole, self.real = (ctypes.c_int64 * 4)(), (ctypes.c_double * 3)()
+        whole, real = ctypes.addressof(self.whole), ctypes.addressof(self.real)
+        call = self.call
+        call.status, call.accepted, call.rejected, call.filled = (whole + 8 * i for i in range(4))
+        call.t, call.dt, call.error_ratio = (real + 8 * i for i in range(3))
 
     def execute(self, name: str):
         """Calls an entry of the program."""
-        began = time.perf_counter()
-        returned = self.program.entries[name](ctypes.byref(self.call))
-        self.program.spend(name, time.perf_counter() - began)
-        if returned == Returned.INTERRUPTED:
-            raise self.raised[0]
-        if returned == Returned.OUT_OF_MEMORY:
-            raise MemoryError(
-                "not enough memory for the steps of this solve, which its backward pass needs: solve under "
-                "torch.no_grad(), or fewer samples at a time"
-            )
-
-    def solve(self, records: bool):
-        self.call.records = records
-        try:
-            self.execute("solve")
-            return self.batch_outcome() if self.batched else self.outcome()
-        finally:
-            if not records:
-                self.release()
+        self.program.entries[name](ctypes.addressof(self.call))
 
     def pull_back(self, name, grad_ys, grad_t):
         """Gradients of the start and of the inputs, None for those that have none; of the times in place."""
@@ -226,59 +229,50 @@ class _Run:
     def addresses(self, tensors) -> int:
         return self.numbers([None if x is None else x.data_ptr() for x in tensors], _POINTER)
 
-    def release(self):
-        """Gives back what the program has allocated."""
-        if self.call.recording:
-            self.program.library.functions.flashode_release(_POINTER(self.call.recording))
-            self.call.recording = None
 
-    def outcome(self) -> Outcome:
-        (status, accepted, rejected, _), (t, dt, error_ratio) = self.whole, self.real
-        times = array("d")
-        if accepted:
-            times.frombytes(ctypes.string_at(self.call.accepted_times, times.itemsize * accepted))
-        outcome = Outcome(
-            Status(status),
-            self.ys,
-            self.call.nfe,
-            accepted,
-            rejected,
-            times,
-            t,
-            dt,
-            error_ratio,
-            y1=self.y_end,
-        )
-        if not outcome.status.ok:
-            self.find_culprit(outcome)
-        return outcome
+class _DeviceRun(OnDevice, _Run):
+    """The same on a GPU."""
 
-    def batch_outcome(self) -> BatchOutcome:
-        (status, accepted, rejected, filled), (t, dt, error_ratio) = self.whole, self.real
-        return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
 
-    def find_culprit(self, outcome: Outcome):
-        """The slopes of the last trial step: taken again, uncompiled, from the last good state.
+def _ready(problem: Problem, program: Program):
+    """The solve of a problem by a program, from any start: a ``ProgramSolve`` of the extension."""
+    asked = _Asked(problem, program)
+    return extension.C.ProgramSolve(
+        call=ctypes.addressof(asked.call),
+        y0=problem.y0,
+        solve=program.entries["solve"],
+        reverse=program.entries.get("reverse"),
+        release=program.release,
+        own=[i for i, _, _ in program.own],
+        differentiable=program.differentiable or (),
+        own_clocks=asked.batched,
+        steps_on_times=problem.steps_on_times,
+        memory=(asked.kept, program),
+    )
 
-        Its length is the one that is tried next, or where that is too short to be tried, the one before it.
-        """
-        run = reference.Run(self.p)
-        run.t0, run.y0 = outcome.t, self.y_end
-        with torch.no_grad(), contextlib.suppress(StepFailure):
-            f0 = run.call(run.t0, run.y0)
-            outcome.k, outcome.y1 = [f0], run.y0
-            for dt in (outcome.dt, outcome.dt / self.p.control.dfactor):
-                if not (math.isfinite(dt) and dt > 0 and torch.isfinite(f0).all()):
-                    return
-                outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + dt, dt, None)
-                if not all(torch.isfinite(x).all() for x in (*outcome.k, outcome.y1)):
-                    return
+
+def find_culprit(problem: Problem, outcome: Outcome):
+    """The slopes of the last trial step: taken again, uncompiled, from the last good state.
+
+    Its length is the one that is tried next, or where that is too short to be tried, the one before it.
+    """
+    run = reference.Run(problem)
+    run.t0, run.y0 = outcome.t, outcome.y1
+    with torch.no_grad(), contextlib.suppress(StepFailure):
+        f0 = run.call(run.t0, run.y0)
+        outcome.k = [f0]
+        for dt in (outcome.dt, outcome.dt / problem.control.dfactor):
+            if not (math.isfinite(dt) and dt > 0 and torch.isfinite(f0).all()):
+                return
+            outcome.k, outcome.y1 = run.rk_step(f0, outcome.t + dt, dt, None)
+            if not all(torch.isfinite(x).all() for x in (*outcome.k, outcome.y1)):
+                return
 
 
 def sweep(augmented: Augmented) -> Gradients:
     """The backward solve, from the last output back to the first: `engines.reference_sweep.sweep`."""
     g, p = augmented, augmented.problem
-    program, inputs = p.func.program(p, "sweep")
+    program, inputs, _ = p.func.program(p, "sweep")
     if not program.checked:
         check(p, program, inputs)
     run = _Run(p, program, inputs)
@@ -303,14 +297,6 @@ def sweep(augmented: Augmented) -> Gradients:
     )  # fmt: skip
 
 
-class _DeviceRun(OnDevice, _Run):
-    """The same on a GPU."""
-
-
-def _run(problem: Problem, program: Program, inputs) -> _Run:
-    return (_DeviceRun if program.gpu else _Run)(problem, program, inputs)
-
-
 # ---- the check of a new program ------------------------------------------------------------
 
 
@@ -323,7 +309,7 @@ def check(problem: Problem, program: Program, inputs):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
     y = y + 0.01 * (1 + y.abs()) * noise  # a start is often at zero, where much is alike
-    run = _run(replace(problem, y0=y), program, inputs)
+    run = (_DeviceRun if program.gpu else _Run)(replace(problem, y0=y), program, inputs)
     run.call.times = run.array(t, torch.float64).data_ptr()  # as func sees them
     run.call.times_stride = int(run.batched)
     run.execute("evaluate")
@@ -359,77 +345,3 @@ def _require_alike(what, ours, theirs):
             f"the program that was generated for func is wrong: {what} is off by {off.max().item():.3g}, and its largest "
             f"entry is {size:.3g}; solve without flashode.compile, and please report it"
         )
-
-
-# ---- gradients -----------------------------------------------------------------------------
-
-
-def _recorded(problem: Problem, program: Program, inputs, params):
-    """A solve whose outputs carry gradients, by one backward program."""
-    result = []
-    differentiable = [inputs[i] for i in program.differentiable]
-    if params is not None:
-        wanted = {id(p) for p in params}
-        differentiable = [x if id(x) in wanted else x.detach() for x in differentiable]
-    ys = _Solve.apply(problem, program, inputs, result, problem.y0, problem.t, problem.grid, *differentiable)
-    (outcome,) = result
-    outcome.ys = ys
-    return outcome
-
-
-class _Solve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, problem, program, inputs, result, y0, t, grid, *differentiable):
-        run = _Run(problem, program, inputs)
-        try:
-            outcome = run.solve(records=True)
-        except BaseException:
-            run.release()
-            raise
-        result.append(outcome)
-        ctx.run, ctx.times = _Held(run), t
-        ctx.save_for_backward(*inputs)  # autograd says so where one is written to in between
-        return outcome.ys.detach()  # what is returned itself gets a graph, in which the run would hold itself
-
-    @staticmethod
-    def backward(ctx, grad_ys):
-        if transforms.is_batched(grad_ys) or transforms.is_batch_of_gradients(grad_ys):
-            raise ArgumentError(
-                "the backward pass of a compiled field takes one gradient at a time: leave out is_grads_batched=True or "
-                "vectorize=True, or solve with func itself"
-            )
-        grads = _Solve.gradients(ctx, grad_ys.detach())
-        if torch.is_grad_enabled():
-            grads = first_only(
-                grads,
-                "a compiled field gives first derivatives only; for second ones (create_graph=True, gradient penalties) "
-                "solve with func itself, uncompiled",
-            )
-        return None, None, None, None, *grads
-
-    @staticmethod
-    @torch.no_grad()
-    def gradients(ctx, grad_ys):
-        inputs = ctx.saved_tensors
-        run = ctx.run.run
-        call, p = run.call, run.p
-        needs_t = any(ctx.needs_input_grad[5:7])
-        # Where steps are from one time to the next, an output is the end of a step and moves with it.
-        grad_t = torch.zeros_like(run.times) if needs_t and not p.steps_on_times else None
-        grad_grid = torch.zeros(len(p.grid), dtype=torch.float64) if needs_t and p.grid is not None else None
-        call.grad_grid = None if grad_grid is None else grad_grid.data_ptr()
-        adj_y0, grads = run.pull_back("reverse", grad_ys, grad_t)
-        grads = [g.to(x.dtype) for g, x in zip(grads, inputs) if g is not None]
-        if grad_t is not None:
-            grad_t = grad_t.reshape(ctx.times.shape).to(ctx.times)
-        return adj_y0, grad_t, grad_grid, *grads
-
-
-class _Held:
-    """A run whose recorded steps are given back with the graph that holds them."""
-
-    def __init__(self, run: _Run):
-        self.run = run
-
-    def __del__(self):
-        self.run.release()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import time
+from array import array
 
 import torch
 
+from ..batched import BatchOutcome
 from ..errors import Status
 from ..program.call import DeviceCall, Returned
+from ..solution import Outcome
 
 # Results of all threads together, of 8 bytes each, zero to begin with.
 _WORDS = ("arrived", "rounds", "failed", "returned", "started", "probed", "nfe")
@@ -106,6 +109,15 @@ class OnDevice:
         device[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
         return device, zeros
 
+    def solve(self) -> Outcome | BatchOutcome:
+        self.execute("solve")
+        (status, accepted, rejected, filled), (t, dt, error_ratio) = self.whole, self.real
+        if self.batched:
+            return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
+        return Outcome(
+            Status(status), self.ys, self.call.nfe, accepted, rejected, self.ends, t, dt, error_ratio, y1=self.y_end
+        )
+
     def finish(self):
         """Results as those of a program on a CPU."""
         tableau, words, call = self.p.method.tableau, self.words, self.call
@@ -119,8 +131,7 @@ class OnDevice:
         self.whole, self.real = self.whole.flatten().tolist(), self.real.flatten().tolist()
         call.nfe, accepted = words["nfe"], self.whole[1]
         ends = self.space["accepted_times"] if self.p.method.adaptive else self.p.grid[1:].double()
-        self.ends = (ctypes.c_double * accepted)(*ends[:accepted].tolist())
-        call.accepted_times = ctypes.addressof(self.ends)
+        self.ends = array("d", ends[:accepted].tolist())
 
     def finish_failed(self, left: int):
         """Some sample has failed in a fixed step: all of them are taken to the start of that step again."""

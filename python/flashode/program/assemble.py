@@ -10,11 +10,11 @@ from functools import cached_property
 
 import torch
 
+from .. import extension
 from ..batched import BatchProblem
 from ..errors import CompileError
 from ..problem import Problem
 from . import build, cuda
-from .call import Call
 from .ir import Form
 from .layout import ROWS, WHOLE, Layout, layouts
 from .lower import lower
@@ -70,23 +70,32 @@ class Program:
     seconds: dict[str, float] = field(default_factory=dict)
     states: dict[int, State] = field(default_factory=dict)
     checked: bool = False  # against func
-    calls: dict[str, tuple[int, float]] = field(default_factory=dict)  # of its entries: how many, how long
+    kernels: dict[str, tuple[int, float]] = field(default_factory=dict)  # on a GPU: calls, and seconds spent
 
     @cached_property
     def entries(self) -> dict:
-        """Functions of the library by name."""
+        """Functions of the library by name, as ``Entry`` objects of the extension."""
         suffix = "_batch" if self.own_clocks else ""
-        found = {}
-        for name in _NAMES[self.backward]:
-            function = getattr(self.library.functions, f"flashode_{name}{suffix}")
-            function.argtypes, function.restype = [ctypes.POINTER(Call)], ctypes.c_int
-            found[name] = function
-        return found
+        names = () if self.gpu else _NAMES[self.backward]
+        return {name: extension.C.Entry(self._address(f"flashode_{name}{suffix}")) for name in names}
+
+    @property
+    def release(self) -> int:
+        """Address of the function that gives back recorded steps."""
+        return self._address("flashode_release")
+
+    def _address(self, name: str) -> int:
+        return ctypes.cast(getattr(self.library.functions, name), ctypes.c_void_p).value
 
     def spend(self, entry: str, seconds: float):
-        """Counts a call of an entry."""
-        count, spent = self.calls.get(entry, (0, 0.0))
-        self.calls[entry] = count + 1, spent + seconds
+        """Counts a call of a kernel; entries on a CPU count themselves."""
+        count, spent = self.kernels.get(entry, (0, 0.0))
+        self.kernels[entry] = count + 1, spent + seconds
+
+    @property
+    def spent(self) -> dict[str, tuple[int, float]]:
+        """How many calls of its entries there were, and how long they took."""
+        return self.kernels | {name: (e.calls, e.seconds) for name, e in self.entries.items() if e.calls}
 
     def placed(self, problem: Problem) -> State:
         """Addresses of what a call says of where numbers lie; the same for all solves of as many samples."""

@@ -68,28 +68,6 @@ class DeviceCall(ctypes.Structure):
     ]
 
 
-def interruption() -> tuple[Interrupted, list[BaseException]]:
-    """What a long solve asks whether to stop, and where the exception is that a signal's handler raised.
-
-    Programs run without the GIL, and Python handles signals, such as Ctrl-C, where its own code goes on:
-    here in a generator, because what is raised where a function begins is out of reach of its ``try``.
-    """
-    raised: list[BaseException] = []
-
-    def asked():
-        while True:
-            try:
-                yield len(raised)
-            except GeneratorExit:
-                return
-            except BaseException as exception:
-                raised.append(exception)
-
-    answers = asked()
-    next(answers)
-    return Interrupted(answers.__next__), raised
-
-
 def load(path: str) -> ctypes.CDLL:
     """A compiled program. Raises OSError where its `Call` is not this one: it was made by another version."""
     program = ctypes.CDLL(path)

@@ -9,7 +9,9 @@ whose names code puts together, and what functions written in C keep.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import reprlib
 import sys
 import types
 from typing import NamedTuple
@@ -206,6 +208,20 @@ class Captured:
         except (KeyError, IndexError, ValueError, AttributeError):  # what was there is gone
             return None
 
+    def change(self, args=()) -> str:
+        """What is not as it was, for people."""
+        for get, key, value in (*self._values, *self._objects):
+            with contextlib.suppress(KeyError, IndexError, ValueError, AttributeError):
+                if not _same(get(key), value):
+                    return f"{_name_of(get, key)} was {reprlib.repr(value)} and is {reprlib.repr(get(key))}"
+        for x, value in zip(_flat(args), self._args):
+            if value is not Tensor and not _same(x, value):
+                return f"one of args was {reprlib.repr(value)} and is {reprlib.repr(x)}"
+        for *_, numbers in self._tensors:
+            if numbers is not None:
+                return f"numbers in a tensor of {numbers.dtype}, which may be indices"
+        return "a tensor that it reads is another"
+
     def _as_it_was(self, args) -> bool:
         for get, key, value in self._objects:
             if get(key) is not value:
@@ -245,6 +261,11 @@ class Captured:
 def _numbers_in_program(x: Tensor) -> Tensor | None:
     """Of a tensor of whole numbers, which may be indices: they are in the program, and have to stay."""
     return None if x.is_floating_point() or x.dtype == torch.bool else x.detach().clone()
+
+
+def _name_of(get, key) -> str:
+    """What code calls something that it refers to."""
+    return "a variable of an enclosing function" if key == "cell_contents" else repr(key)
 
 
 def _changed(reference: _Reference) -> bool:

@@ -44,7 +44,7 @@ def _program(program: Program, captured) -> str:
     ]  # fmt: skip
     if captured.fixed:
         lines.append(f"  found nowhere, so taken as they are for good: captured tensors {captured.fixed}")
-    for entry, (count, seconds) in program.calls.items():
+    for entry, (count, seconds) in program.spent.items():
         lines.append(f"  {entry}: {count} calls, {1e3 * seconds:.3g} ms")
     return "\n".join([*lines, "  operations:", *_operations(form)])
 

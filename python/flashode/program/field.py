@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import types
+import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .. import transforms
 from ..arguments import kind_of
 from ..errors import ArgumentTypeError
 from .assemble import Program, assemble, has_each_tolerance
@@ -17,6 +20,8 @@ from .explain import explain
 
 # Programs that a field holds: for states of other shapes, modes and values that it was solved with.
 PROGRAMS = 64
+# Programs for states alike, with other values that func read, from which on a warning is given.
+OFTEN = 8
 _PLAIN = (int, float, bool, str, type(None))  # values of options that are what they are
 # Of a Module, what belongs to calls of it: a field calls func, and func brings its own.
 _OF_CALLS = ("_forward_", "_backward_")
@@ -86,7 +91,7 @@ class CompiledField(nn.Module):
                 own[name] = getattr(func, name)
         own["__wrapped__"] = func
         own["_programs"]: dict[tuple, list[tuple[Program, Captured]]] = {}
-        own["_before"] = None  # the call before, as `checked` has it
+        own["_before"]: _Before | None = None
         own["_lock"] = threading.RLock()
         own["func"] = func  # not as a submodule, which would put its name before those of parameters
 
@@ -95,8 +100,8 @@ class CompiledField(nn.Module):
 
     # ---- programs --------------------------------------------------------------------------
 
-    def program(self, problem, backward=None) -> tuple[Program, tuple[torch.Tensor, ...]]:
-        """The program for a problem, made unless there is one, and the tensors of now that it reads.
+    def program(self, problem, backward=None) -> tuple[Program, tuple[torch.Tensor, ...], Captured]:
+        """The program for a problem, made unless there is one, the tensors of now that it reads, and where they are.
 
         Args:
             backward: ``"sweep"`` for a program of the continuous adjoint in place of one that solves. One that
@@ -109,12 +114,13 @@ class CompiledField(nn.Module):
             for program, captured in self._programs.get(key, ()):
                 tensors = captured.current(problem.args)
                 if tensors is not None:
-                    return program, tensors
+                    return program, tensors, captured
             walk = Walk(self.func, problem.args)
             wanted = (lambda inputs: backward) if backward else _wants_gradients(problem)
             program, tensors = assemble(problem, self.func, wanted)
-            self._hold(key, program, walk.captured(tensors))
-            return program, tensors
+            captured = walk.captured(tensors)
+            self._hold(key, program, captured, problem.args)
+            return program, tensors, captured
 
     def differentiated(self, problem) -> tuple[torch.Tensor, ...]:
         """The tensors that func reads, and that have gradients to be had."""
@@ -127,23 +133,38 @@ class CompiledField(nn.Module):
     def checked(self, kind, y0, t, rtol, atol, method, options, event_fn, args):
         """``kind.from_call``. Where the call before differed in ``y0`` and ``args`` alone, as those of a training
         loop do, only these are looked at: to check the rest again would take as long as a short solve."""
-        usual = (
-            event_fn is None
-            and type(rtol) is type(atol) is float
-            and not (t.is_inference() or t.requires_grad)
-            and all(type(x) in _PLAIN for x in (options or {}).values())
-        )
-        said = (kind, t._version, rtol, atol, method, options) if usual else None
-        before = self._before
-        if usual and before is not None and before[0] is t and before[1] == said:
-            problem = before[2].again(y0, args)
+        said = _said(t, rtol, atol, method, options) if event_fn is None else None
+        before = self._before_as(t, said)
+        if before is not None:
+            problem = before.problem.again(y0, args)
             if problem is not None:
                 return problem
         problem = kind.from_call(self, y0, t, rtol, atol, method, options, event_fn, args)
-        if usual:
+        if said is not None:
             said = (*said[:-1], None if options is None else dict(options))
-            vars(self)["_before"] = t, said, problem.released()
+            vars(self)["_before"] = _Before(t, said, problem.released())
         return problem
+
+    def again(self, y0, t, rtol, atol, method, options, args):
+        """What `odeint` returns, where a program has solved the call before, which differed in ``y0`` and in the
+        numbers that func reads alone; None where it is not so, or the solve fails: the long way says why."""
+        before = self._before_as(t, _said(t, rtol, atol, method, options))
+        if before is None or before.ready is None or type(args) is not tuple or transforms.active():
+            return None
+        tensors = before.captured.current(args)
+        return None if tensors is None else before.ready.again(y0, tensors)
+
+    def remember(self, problem, captured, ready):
+        """Keeps how a program solved a problem, for `again`: where the tensors are that it reads, and a
+        ``ProgramSolve`` of the extension."""
+        before = self._before
+        if before is not None and before.problem.times is problem.times:
+            before.captured, before.ready = captured, ready
+
+    def _before_as(self, t, said) -> _Before | None:
+        before = self._before
+        alike = said is not None and before is not None and before.t is t and before.said == said
+        return before if alike else None
 
     def _key(self, problem) -> tuple:
         """What a program is made for, beside what func refers to.
@@ -158,10 +179,18 @@ class CompiledField(nn.Module):
             state += (has_each_tolerance(problem),)
         return kind, state, torch.is_grad_enabled() and (y0.requires_grad, problem.differentiates_time)
 
-    def _hold(self, key, program, captured):
+    def _hold(self, key, program, captured, args):
         if sum(map(len, self._programs.values())) >= PROGRAMS:
             self._programs.pop(next(iter(self._programs)))  # the oldest kind
-        self._programs.setdefault(key, []).append((program, captured))
+        alike = self._programs.setdefault(key, [])
+        if len(alike) == OFTEN:
+            warnings.warn(
+                f"{self!r} was compiled {OFTEN + 1} times for states alike, which takes seconds each time, because what func "
+                f"reads has changed: {alike[-1][1].change(args)}. What changes from solve to solve should be a "
+                "floating point Tensor: its numbers are looked up, and may change without that.",
+                stacklevel=2,
+            )
+        alike.append((program, captured))
 
     # ---- func in all else ------------------------------------------------------------------
 
@@ -229,6 +258,28 @@ class CompiledField(nn.Module):
         for part in self.func.__qualname__.split("."):
             found = getattr(found, part, None)
         return found is self
+
+
+@dataclass(eq=False)
+class _Before:
+    """The call before: its times, what it said beside, what became of it, and how it was solved by a program."""
+
+    t: torch.Tensor
+    said: tuple
+    problem: object
+    captured: Captured | None = None
+    ready: object = None
+
+
+def _said(t, rtol, atol, method, options):
+    """What a call says of a problem beside its start, where it can be compared at little cost, or None."""
+    usual = (
+        type(rtol) is type(atol) is float
+        and isinstance(t, torch.Tensor)
+        and not (t.is_inference() or t.requires_grad)
+        and all(type(x) in _PLAIN for x in (options or {}).values())
+    )
+    return (t._version, rtol, atol, method, options) if usual else None
 
 
 def _wants_gradients(problem):
