@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 import flashode
-from flashode import ArgumentError, ArgumentTypeError, CompileError, SolveError, Status, odeint, odeint_adjoint, solve
+from flashode import (
+    ArgumentError,
+    ArgumentTypeError,
+    CompileError,
+    SolveError,
+    Status,
+    odeint,
+    odeint_adjoint,
+    solve,
+)
 from flashode.program import Program, operations
 
 F64 = torch.float64
@@ -283,9 +292,13 @@ def test_times_that_are_written_to_are_seen(net):
     ys = [odeint(net, y0, t, rtol=1e-6, atol=1e-8) for _ in range(2)][-1]
     t.mul_(0.5)
     others = odeint(net, y0, T.clone(), rtol=1e-6, atol=1e-8)
-    for ours, theirs in zip(*(torch.autograd.grad((x**2).sum(), list(net.parameters())) for x in (ys, others))):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((x**2).sum(), list(net.parameters())) for x in (ys, others))
+    ):
         assert torch.equal(ours, theirs)  # of the times that it was solved with
-    assert torch.equal(odeint(net, y0, t, rtol=1e-6, atol=1e-8), odeint(net, y0, t.clone(), rtol=1e-6, atol=1e-8))
+    assert torch.equal(
+        odeint(net, y0, t, rtol=1e-6, atol=1e-8), odeint(net, y0, t.clone(), rtol=1e-6, atol=1e-8)
+    )
 
 
 @pytest.mark.parametrize("batched", [False, True])

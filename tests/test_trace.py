@@ -415,7 +415,9 @@ def test_threads_that_record_leave_torch_compile_as_it_was(monkeypatch):
             both_inside.wait(0.2)  # would let two threads at once in, if they came in at once
         return -y
 
-    threads = [threading.Thread(target=trace, args=(func, torch.tensor(0.0), torch.ones(2))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=trace, args=(func, torch.tensor(0.0), torch.ones(2))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -73,7 +73,12 @@ def odeint(
 
 @transforms.outside_graphs
 def _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress):
-    if isinstance(func, CompiledField) and event_fn is None and not progress and engine in ("auto", "compiled"):
+    if (
+        isinstance(func, CompiledField)
+        and event_fn is None
+        and not progress
+        and engine in ("auto", "compiled")
+    ):
         ys = func.again(y0, t, rtol, atol, method, options, args)
         if ys is not None:
             return ys
@@ -194,7 +199,11 @@ def _checked(func, y0, t, rtol, atol, method, options, event_fn, args) -> Proble
 
 
 def _problem(kind, func, *call):
-    if isinstance(func, CompiledField) and isinstance(call[1], torch.Tensor) and isinstance(call[5] or {}, dict):
+    if (
+        isinstance(func, CompiledField)
+        and isinstance(call[1], torch.Tensor)
+        and isinstance(call[5] or {}, dict)
+    ):
         return func.checked(kind, *call)
     return kind.from_call(func, *call)
 

@@ -113,9 +113,20 @@ class OnDevice:
         self.execute("solve")
         (status, accepted, rejected, filled), (t, dt, error_ratio) = self.whole, self.real
         if self.batched:
-            return BatchOutcome(status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio)
+            return BatchOutcome(
+                status, self.ys, self.call.nfe, accepted, rejected, filled, t, dt, error_ratio
+            )
         return Outcome(
-            Status(status), self.ys, self.call.nfe, accepted, rejected, self.ends, t, dt, error_ratio, y1=self.y_end
+            Status(status),
+            self.ys,
+            self.call.nfe,
+            accepted,
+            rejected,
+            self.ends,
+            t,
+            dt,
+            error_ratio,
+            y1=self.y_end,
         )
 
     def finish(self):
