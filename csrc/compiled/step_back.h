@@ -104,7 +104,7 @@ struct StepBack {
   // Takes the step again from y0. Without f0 its first slope is evaluated; with `dense` the stages
   // that outputs inside the step need are taken too. The last stage may be nobody's but the next step's.
   template <class Clock>
-  FLASHODE_HD void retake(const Clock& clock, Nudges nudges, const V* from, const V* f0, bool hands_on,
+  FLASHODE_ASIDE void retake(const Clock& clock, Nudges nudges, const V* from, const V* f0, bool hands_on,
                           bool dense) {
     y0 = from;
     start = end = zero<V>();
@@ -188,7 +188,7 @@ struct StepBack {
     }
   }
   template <bool dense, class Clock>
-  FLASHODE_HD void pull_all(const Clock& clock, Nudges nudges, bool opens, bool hands_on) {
+  FLASHODE_ASIDE void pull_all(const Clock& clock, Nudges nudges, bool opens, bool hands_on) {
     pull_stages<(dense ? slopes : stages) - 1, dense>(clock, nudges.end, hands_on);
     gather<0, dense>(clock.step(), adj_f);
     if (opens) {

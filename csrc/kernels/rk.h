@@ -11,10 +11,12 @@
 #ifdef __CUDACC__
 #define FLASHODE_HD __host__ __device__ __forceinline__
 #define FLASHODE_BOTH __host__ __device__ __forceinline__
+#define FLASHODE_ASIDE __host__ __device__ __forceinline__
 #define FLASHODE_APART __host__ __device__ __noinline__
 #else
 #define FLASHODE_HD inline __attribute__((always_inline))
 #define FLASHODE_BOTH inline
+#define FLASHODE_ASIDE __attribute__((noinline))
 #define FLASHODE_APART __attribute__((noinline))
 #endif
 

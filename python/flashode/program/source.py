@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from .places import Space
 from .section import Section
 
 _THIN, _MOST_LANE_SUMS = 16, 16384
+_LOOPS = re.compile(r"\b(for \(|product<|outer(_lanes)?<)")
 _INLINE = 40  # statements of a function that is copied to all places where it is called
 _CHEAP = frozenset(
     "neg add sub mul square cube abs relu maximum minimum where copy as_real gt ge lt le eq ne".split()
@@ -186,7 +188,7 @@ class _Writer:
 
     def function(self, name, section) -> str:
         """One of the functions over lanes. Those of few statements become part of every stage of a step; copies of
-        long ones would only take the compiler's time."""
+        long ones, and of loops, would only take the compiler's time."""
         body = section.text()
         head = "const Real* prepared, const V* own, Time t, const V* y, "
         head += {
@@ -195,7 +197,8 @@ class _Writer:
             "pull_back": "const V* kept, const V* adj, V* adj_y, V* adj_t, V* adj_own, V* lane_sums, Real* sums, V* scratch",
         }[name]
         head = ",\n      ".join(f"[[maybe_unused]] {part}" for part in head.split(", "))
-        kind = "FLASHODE_HD" if body.count("\n") <= _INLINE else "FLASHODE_APART"
+        small = body.count("\n") <= _INLINE and not _LOOPS.search(body)
+        kind = "FLASHODE_HD" if small else "FLASHODE_APART"
         return (
             f"\n  template <class V, class Time>\n  {kind} static void {name}(\n      {head}) {{\n"
             f"    using W [[maybe_unused]] = V;\n{body}  }}"
