@@ -36,7 +36,7 @@ class DenseOutput {
   template <class Clock>
   FLASHODE_HD DenseOutput(const Tile<Field, Method>& tile, const Clock& clock)
       : tile_(tile), step_(clock.step()) {
-    if constexpr (is_short) make_coefficients<0>();
+    if constexpr (is_short) make_coefficients(UpTo<Method::degree>());
   }
 
   // y at part x of the step.
@@ -48,10 +48,11 @@ class DenseOutput {
         y[f] = tile_.y0[f] + sum;
       }
     } else {
+      using Slopes = UpTo<Tile<Field, Method>::slopes>;
       V w[Tile<Field, Method>::slopes];
-      make_weights<0>(x, w);
+      make_weights(x, w, Slopes());
       for (int64_t f = 0; f < width; ++f) {
-        y[f] = add_term(tile_.y0[f], step_, weighted<0>(w, tile_.k + f, zero<V>()));
+        y[f] = add_term(tile_.y0[f], step_, weighted(w, tile_.k + f, Slopes()));
       }
     }
   }
@@ -59,31 +60,32 @@ class DenseOutput {
  private:
   static constexpr bool is_short = width <= 4;
 
-  template <int power>
-  FLASHODE_HD void make_coefficients() {
-    if constexpr (power < Method::degree) {
-      for (int64_t f = 0; f < width; ++f) {
-        coefficient_[power * width + f] =
-            step_ * sum_of_terms<DenseRow<Method, power>, width>(tile_.k + f);
-      }
-      make_coefficients<power + 1>();
+  template <int... power>
+  FLASHODE_HD void make_coefficients(Indices<power...>) {
+    for (int64_t f = 0; f < width; ++f) {
+      ((coefficient_[power * width + f] = step_ * sum_of_terms<DenseRow<Method, power>, width>(tile_.k + f)), ...);
     }
   }
-  template <int j>
-  FLASHODE_HD static void make_weights(const V& x, V* w) {
-    if constexpr (j < Tile<Field, Method>::slopes) {
-      if constexpr (has_dense_weight<Method, j>()) w[j] = dense_weight<Method, j>(x);
-      make_weights<j + 1>(x, w);
-    }
+  template <int... j>
+  FLASHODE_HD static void make_weights(const V& x, V* w, Indices<j...>) {
+    (make_weight<j>(x, w), ...);
   }
   template <int j>
-  FLASHODE_HD static V weighted(const V* w, const V* k, const V& total) {
-    if constexpr (j == Tile<Field, Method>::slopes) {
-      return total;
-    } else if constexpr (has_dense_weight<Method, j>()) {
-      return weighted<j + 1>(w, k, add_term(total, w[j], k[j * width]));
+  FLASHODE_HD static void make_weight(const V& x, V* w) {
+    if constexpr (has_dense_weight<Method, j>()) w[j] = dense_weight<Method, j>(x);
+  }
+  template <int... j>
+  FLASHODE_HD static V weighted(const V* w, const V* k, Indices<j...>) {
+    V total = zero<V>();
+    ((total = plus_weighted<j>(total, w, k)), ...);
+    return total;
+  }
+  template <int j>
+  FLASHODE_HD static V plus_weighted(const V& total, const V* w, const V* k) {
+    if constexpr (has_dense_weight<Method, j>()) {
+      return add_term(total, w[j], k[j * width]);
     } else {
-      return weighted<j + 1>(w, k, total);
+      return total;
     }
   }
 

@@ -113,29 +113,33 @@ struct StepBack {
     } else {
       for (int64_t f = 0; f < width; ++f) k[f] = f0[f];
     }
-    take_stages<1>(clock, nudges.end, hands_on || dense || !Column<Method, last, false>::is_empty());
+    const bool needs_last = hands_on || dense || !Column<Method, last, false>::is_empty();
+    take_stages(clock, nudges.end, needs_last, UpTo<stages - 1>());
     if (!dense) return;
-    take_extra<0>(clock);
+    take_extra(clock, UpTo<Method::extra>());
     clear(adj_outputs, slopes * width);
     clear(adj_inside, width);
   }
 
-  template <int i, class Clock>
-  FLASHODE_HD void take_stages(const Clock& clock, int nudge_at_end, bool needs_last) {
-    if constexpr (i < stages) {
-      if (i == last && !needs_last) return;
-      take_state<StageRow<Method, i>>(i, clock.step());
-      evaluate(i, clock.time(Method::c[i], Method::c[i] == 1 ? nudge_at_end : 0), y + i * width);
-      take_stages<i + 1>(clock, nudge_at_end, needs_last);
-    }
+  template <class Clock, int... before>
+  FLASHODE_HD void take_stages(const Clock& clock, int nudge_at_end, bool needs_last, Indices<before...>) {
+    (take_stage<before + 1>(clock, nudge_at_end, needs_last), ...);
   }
   template <int i, class Clock>
-  FLASHODE_HD void take_extra(const Clock& clock) {
-    if constexpr (i < Method::extra) {
-      take_state<ExtraRow<Method, i>>(stages + i, clock.step());
-      evaluate(stages + i, clock.time(Method::extra_c[i], 0), y + (stages + i) * width);
-      take_extra<i + 1>(clock);
-    }
+  FLASHODE_HD void take_stage(const Clock& clock, int nudge_at_end, bool needs_last) {
+    if (i == last && !needs_last) return;
+    take_state<StageRow<Method, i>>(i, clock.step());
+    evaluate(i, clock.time(Method::c[i], Method::c[i] == 1 ? nudge_at_end : 0), y + i * width);
+  }
+  template <class Clock, int... i>
+  FLASHODE_HD void take_extra(const Clock& clock, Indices<i...>) {
+    (take_extra_stage<i>(clock), ...);
+  }
+  template <int i, class Clock>
+  FLASHODE_HD void take_extra_stage(const Clock& clock) {
+    constexpr double c = Method::extra_c[i];
+    take_state<ExtraRow<Method, i>>(stages + i, clock.step());
+    evaluate(stages + i, clock.time(c, 0), y + (stages + i) * width);
   }
   template <class Row>
   FLASHODE_HD void take_state(int i, const V& step) {
@@ -155,25 +159,26 @@ struct StepBack {
   FLASHODE_HD V add_output(const V& x, const V* adj_output) {
     for (int64_t f = 0; f < width; ++f) adj_inside[f] = adj_inside[f] + adj_output[f];
     V speed = zero<V>();
-    add_weighted<0>(x, adj_output, speed);
+    add_weighted(x, adj_output, speed, UpTo<slopes>());
     start = start - (1 - x) * speed;
     end = end - x * speed;
     return speed;
   }
-  // Adds to `speed` what dy/dx, per length of the step, has of slope j and those after it.
+  template <int... j>
+  FLASHODE_HD void add_weighted(const V& x, const V* adj_output, V& speed, Indices<j...>) {
+    (add_weighted<j>(x, adj_output, speed), ...);
+  }
+  // Adds to `speed` what dy/dx, per length of the step, has of slope j.
   template <int j>
   FLASHODE_HD void add_weighted(const V& x, const V* adj_output, V& speed) {
-    if constexpr (j < slopes) {
-      if constexpr (has_dense_weight<Method, j>()) {
-        const V w = dense_weight<Method, j>(x);
-        V product = zero<V>();
-        for (int64_t f = 0; f < width; ++f) {
-          adj_outputs[j * width + f] = add_term(adj_outputs[j * width + f], w, adj_output[f]);
-          if (wants_time) product = add_term(product, adj_output[f], k[j * width + f]);
-        }
-        if (wants_time) speed = add_term(speed, dense_slope<Method, j>(x), product);
+    if constexpr (has_dense_weight<Method, j>()) {
+      const V w = dense_weight<Method, j>(x);
+      V product = zero<V>();
+      for (int64_t f = 0; f < width; ++f) {
+        adj_outputs[j * width + f] = add_term(adj_outputs[j * width + f], w, adj_output[f]);
+        if (wants_time) product = add_term(product, adj_output[f], k[j * width + f]);
       }
-      add_weighted<j + 1>(x, adj_output, speed);
+      if (wants_time) speed = add_term(speed, dense_slope<Method, j>(x), product);
     }
   }
 
@@ -189,7 +194,8 @@ struct StepBack {
   }
   template <bool dense, class Clock>
   FLASHODE_ASIDE void pull_all(const Clock& clock, Nudges nudges, bool opens, bool hands_on) {
-    pull_stages<(dense ? slopes : stages) - 1, dense>(clock, nudges.end, hands_on);
+    constexpr int pulled = dense ? slopes : stages;
+    pull_stages<pulled - 1, dense>(clock, nudges.end, hands_on, UpTo<pulled - 1>());
     gather<0, dense>(clock.step(), adj_f);
     if (opens) {
       pull_back(0, clock.time(0, nudges.begin), y0, adj_f, adj_y, 0);
@@ -204,28 +210,29 @@ struct StepBack {
     }
   }
 
+  template <int final, bool dense, class Clock, int... after>
+  FLASHODE_HD void pull_stages(const Clock& clock, int nudge_at_end, bool hands_on, Indices<after...>) {
+    (pull_stage<final - after, dense>(clock, nudge_at_end, hands_on), ...);
+  }
   template <int i, bool dense, class Clock>
-  FLASHODE_HD void pull_stages(const Clock& clock, int nudge_at_end, bool hands_on) {
-    if constexpr (i > 0) {
-      constexpr bool is_extra = i >= stages, is_result = Method::fsal && i == last;
-      V* const adj_i = adj_y + i * width;
-      const bool is_handed_on = i == last && hands_on;
-      V local[is_small ? width : 1];
-      V* const adj_k = is_small ? local : adj_slope;
-      if (is_handed_on || !Column<Method, i, dense>::is_empty()) {
-        gather<i, dense>(clock.step(), adj_k);
-        if (is_handed_on) {
-          for (int64_t f = 0; f < width; ++f) adj_k[f] = adj_k[f] + adj_f[f];
-        }
-        const double c = node<i>();
-        pull_back(i, clock.time(c, c == 1 && !is_extra ? nudge_at_end : 0), y + i * width, adj_k, adj_i, c);
-      } else {
-        clear(adj_i, width);
+  FLASHODE_HD void pull_stage(const Clock& clock, int nudge_at_end, bool hands_on) {
+    constexpr bool is_extra = i >= stages, is_result = Method::fsal && i == last;
+    V* const adj_i = adj_y + i * width;
+    const bool is_handed_on = i == last && hands_on;
+    V local[is_small ? width : 1];
+    V* const adj_k = is_small ? local : adj_slope;
+    if (is_handed_on || !Column<Method, i, dense>::is_empty()) {
+      gather<i, dense>(clock.step(), adj_k);
+      if (is_handed_on) {
+        for (int64_t f = 0; f < width; ++f) adj_k[f] = adj_k[f] + adj_f[f];
       }
-      if constexpr (is_result) {
-        for (int64_t f = 0; f < width; ++f) adj_i[f] = adj_i[f] + adj()[f];
-      }
-      pull_stages<i - 1, dense>(clock, nudge_at_end, hands_on);
+      const double c = node<i>();
+      pull_back(i, clock.time(c, c == 1 && !is_extra ? nudge_at_end : 0), y + i * width, adj_k, adj_i, c);
+    } else {
+      clear(adj_i, width);
+    }
+    if constexpr (is_result) {
+      for (int64_t f = 0; f < width; ++f) adj_i[f] = adj_i[f] + adj()[f];
     }
   }
   template <int i>

@@ -180,7 +180,7 @@ class Sweep {
     begin();
     clear_products(1, stages);
     const auto take = [&](Part& tile, int64_t c) {
-      tile.template take_stages<1>(clock_, nudge_at_end, prepared_.data(), lane_sums(c), sums(c));
+      tile.take_step(clock_, nudge_at_end, prepared_.data(), lane_sums(c), sums(c));
     };
     if constexpr (Method::adaptive) {
       using Error = ErrorRow<Method>;

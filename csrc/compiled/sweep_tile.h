@@ -67,19 +67,24 @@ struct SweepTile {
     }
   }
 
+  // All stages but the first, which is there, and the results.
+  template <class Clock>
+  FLASHODE_HD void take_step(const Clock& clock, int nudge_at_end, const Real* prepared, V* lane_sums, Real* sums) {
+    take_stages(clock, nudge_at_end, prepared, lane_sums, sums, UpTo<stages - 1>());
+    if constexpr (!Method::fsal) advance<ResultRow<Method>>(clock.step(), y1, adj1);
+  }
+  template <class Clock, int... before>
+  FLASHODE_HD void take_stages(const Clock& clock, int nudge_at_end, const Real* prepared, V* lane_sums, Real* sums,
+                               Indices<before...>) {
+    (take_stage<before + 1>(clock, nudge_at_end, prepared, lane_sums, sums), ...);
+  }
   template <int i, class Clock>
-  FLASHODE_HD void take_stages(const Clock& clock, int nudge_at_end, const Real* prepared, V* lane_sums,
-                               Real* sums) {
-    if constexpr (i < stages) {
-      constexpr bool is_result = Method::fsal && i == stages - 1;
-      V *const y_i = is_result ? y1 : stage, *const adj_i = is_result ? adj1 : adj_stage;
-      advance<StageRow<Method, i>>(clock.step(), y_i, adj_i);
-      const double c = Method::c[i];
-      evaluate(i, clock.time(c, c == 1 ? nudge_at_end : 0), y_i, adj_i, prepared, lane_sums, sums);
-      take_stages<i + 1>(clock, nudge_at_end, prepared, lane_sums, sums);
-    } else if constexpr (!Method::fsal) {
-      advance<ResultRow<Method>>(clock.step(), y1, adj1);
-    }
+  FLASHODE_HD void take_stage(const Clock& clock, int nudge_at_end, const Real* prepared, V* lane_sums, Real* sums) {
+    constexpr bool is_result = Method::fsal && i == stages - 1;
+    V *const y_i = is_result ? y1 : stage, *const adj_i = is_result ? adj1 : adj_stage;
+    advance<StageRow<Method, i>>(clock.step(), y_i, adj_i);
+    const double c = Method::c[i];
+    evaluate(i, clock.time(c, c == 1 ? nudge_at_end : 0), y_i, adj_i, prepared, lane_sums, sums);
   }
 
   // Squares of the scaled errors of the state and its adjoint, added to those of each member.

@@ -115,20 +115,49 @@ struct DenseRow {  // coefficients of x^(power + 1)
   FLASHODE_HD static constexpr double weight(int j) { return Method::weights[j][power]; }
 };
 
-// sum_j weight_j k_j of one number, in the order of the stages; slopes lie `width` apart.
-template <class Row, int64_t width, int j = 0, bool first = true, class V>
-FLASHODE_HD V sum_of_terms(const V* k, V total = zero<V>()) {
-  if constexpr (j == Row::terms) {
+// Lists of constants: what is done for each stage is written once for number i, and not with all that comes after
+// it, of which a compiler would make as many functions as there are stages, each longer than the next.
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct Count {
+  using Type = typename Count<n - 1, n - 1, i...>::Type;
+};
+template <int... i>
+struct Count<0, i...> {
+  using Type = Indices<i...>;
+};
+template <int n>
+using UpTo = typename Count<n>::Type;  // 0, ..., n - 1
+
+template <class Row>
+FLASHODE_HD constexpr bool is_first_term(int j) {
+  for (int i = 0; i < j; ++i) {
+    if (Row::weight(i) != 0) return false;
+  }
+  return true;
+}
+// total + weight_j k_j of one number; the first term is the sum so far.
+template <class Row, int64_t width, int j, class V>
+FLASHODE_HD V plus_term(const V& total, const V* k) {
+  constexpr double weight = Row::weight(j);
+  if constexpr (weight == 0) {
     return total;
   } else {
-    constexpr double weight = Row::weight(j);
-    if constexpr (weight == 0) {
-      return sum_of_terms<Row, width, j + 1, first>(k, total);
-    } else {
-      const V w = splat<V>(real_of<V>(weight)), k_j = k[j * width];
-      return sum_of_terms<Row, width, j + 1, false>(k, first ? w * k_j : add_term(total, w, k_j));
-    }
+    const V w = splat<V>(real_of<V>(weight)), k_j = k[j * width];
+    return is_first_term<Row>(j) ? w * k_j : add_term(total, w, k_j);
   }
+}
+template <class Row, int64_t width, class V, int... j>
+FLASHODE_HD V sum_of_terms(const V* k, Indices<j...>) {
+  V total = zero<V>();
+  ((total = plus_term<Row, width, j>(total, k)), ...);
+  return total;
+}
+// sum_j weight_j k_j of one number, in the order of the stages; slopes lie `width` apart.
+template <class Row, int64_t width, class V>
+FLASHODE_HD V sum_of_terms(const V* k) {
+  return sum_of_terms<Row, width>(k, UpTo<Row::terms>());
 }
 
 enum Landing { kFree, kStop, kJump, kEnd };  // what the end of a step lands on
@@ -268,15 +297,10 @@ struct Tile {
   }
 
   // All stages of a trial step but the first, which is there, and y1.
-  template <int i = 1, class Clock>
+  template <class Clock>
   FLASHODE_HD void take_step(const Clock& clock, int nudge_at_end) const {
-    if constexpr (i < Method::stages) {
-      constexpr double c = Method::c[i];
-      constexpr bool is_result = Method::fsal && i == Method::stages - 1;
-      evaluate<StageRow<Method, i>>(clock, c, c == 1 ? nudge_at_end : 0, i,
-                                    is_result ? y1 : nullptr);
-      take_step<i + 1>(clock, nudge_at_end);
-    } else if constexpr (!Method::fsal) {
+    take_stages(clock, nudge_at_end, UpTo<Method::stages - 1>());
+    if constexpr (!Method::fsal) {
       const V step = clock.step();
 #pragma GCC ivdep
       for (int64_t f = 0; f < width; ++f) {
@@ -284,15 +308,30 @@ struct Tile {
       }
     }
   }
+  template <class Clock, int... before>
+  FLASHODE_HD void take_stages(const Clock& clock, int nudge_at_end, Indices<before...>) const {
+    (take_stage<before + 1>(clock, nudge_at_end), ...);
+  }
+  template <int i, class Clock>
+  FLASHODE_HD void take_stage(const Clock& clock, int nudge_at_end) const {
+    constexpr double c = Method::c[i];
+    constexpr bool is_result = Method::fsal && i == Method::stages - 1;
+    evaluate<StageRow<Method, i>>(clock, c, c == 1 ? nudge_at_end : 0, i, is_result ? y1 : nullptr);
+  }
 
   // The stages that dense output adds.
-  template <int i = 0, class Clock>
+  template <class Clock>
   FLASHODE_HD void extend(const Clock& clock) const {
-    if constexpr (i < Method::extra) {
-      constexpr double c = Method::extra_c[i];
-      evaluate<ExtraRow<Method, i>>(clock, c, 0, Method::stages + i, nullptr);
-      extend<i + 1>(clock);
-    }
+    extend(clock, UpTo<Method::extra>());
+  }
+  template <class Clock, int... i>
+  FLASHODE_HD void extend(const Clock& clock, Indices<i...>) const {
+    (extend_by<i>(clock), ...);
+  }
+  template <int i, class Clock>
+  FLASHODE_HD void extend_by(const Clock& clock) const {
+    constexpr double c = Method::extra_c[i];  // on a device there is no table to be read
+    evaluate<ExtraRow<Method, i>>(clock, c, 0, Method::stages + i, nullptr);
   }
 
   template <class Tolerance>

@@ -6,8 +6,9 @@
 
 #include "standard.h"
 
-// Functions for host and device: HD is inlined everywhere, BOTH where a host's compiler likes to. On a
-// device all are: an object whose address is taken does not live in registers.
+// Functions for host and device: HD is inlined everywhere, BOTH where a host's compiler likes to, and ASIDE
+// not on a host, whose compiler takes too long over functions of many thousand lines. On a device all these are:
+// an object whose address is taken does not live in registers. APART is inlined nowhere.
 #ifdef __CUDACC__
 #define FLASHODE_HD __host__ __device__ __forceinline__
 #define FLASHODE_BOTH __host__ __device__ __forceinline__
