@@ -1,0 +1,1 @@
+"""Models made of ordinary differential equations, as Modules: blocks, flows, latent and stochastic ones, mechanics."""
