@@ -2,6 +2,7 @@
 
 from .block import ODEBlock
 from .fields import ConcatConv2d, ConcatLinear, ConcatSquashConv2d, ConcatSquashLinear, ConvField, MLPField
+from .resnet import ODENet, ResidualBlock, ResNet, RKNet
 
 __all__ = [
     "ConcatConv2d",
@@ -11,4 +12,8 @@ __all__ = [
     "ConvField",
     "MLPField",
     "ODEBlock",
+    "ODENet",
+    "RKNet",
+    "ResNet",
+    "ResidualBlock",
 ]

@@ -75,7 +75,7 @@ class ConcatSquashLinear(nn.Module):
 
 
 class ConcatSquashConv2d(nn.Module):
-    """A convolution ``layer(t, x)`` whose output channels are gated and shifted by the time, as in `ConcatSquashLinear`.
+    """A convolution ``layer(t, x)`` with channels gated and shifted by the time, as in `ConcatSquashLinear`.
 
     Args:
         in_channels, out_channels, kernel_size, options: as for `torch.nn.Conv2d`.
