@@ -108,7 +108,9 @@ def imports(path):
                 yield f"{joined}/__init__"
             else:
                 found = ("/".join([*base, alias.name]) for alias in node.names)
-                yield from (f"{name}/__init__" if f"{name}/__init__" in LEVEL else name for name in found)
+                of_package = "/".join([*base, "__init__"])
+                places = ((f"{name}/__init__", name, of_package) for name in found)
+                yield from (next(place for place in three if place in LEVEL) for three in places)
 
 
 @pytest.mark.parametrize(
