@@ -108,9 +108,8 @@ def imports(path):
                 yield f"{joined}/__init__"
             else:
                 found = ("/".join([*base, alias.name]) for alias in node.names)
-                of_package = "/".join([*base, "__init__"])
-                places = ((f"{name}/__init__", name, of_package) for name in found)
-                yield from (next(place for place in three if place in LEVEL) for three in places)
+                places = ((f"{name}/__init__", name, "__init__") for name in found)  # the last: a public name
+                yield from (next(place for place in each if place in LEVEL) for each in places)
 
 
 @pytest.mark.parametrize(
