@@ -132,7 +132,7 @@ def main():
     args = parser(__doc__, "augmented.png").parse_args()
     prepare(args)
     torch.set_num_threads(1)  # tensors this small only lose by being shared out
-    epochs = 15 if args.quick else 40
+    epochs = 20 if args.quick else 40
     flip_points, flipped = flip_1d(BATCH, noise=0.1)
     points, labels = annulus(POINTS)
     test_points, test_labels = annulus(POINTS)
@@ -142,7 +142,7 @@ def main():
         flip_histories[name] = train(args, f"A1, {name}", flow, flow, flip_points, flipped, 5 * epochs, 0.02)
         model = classifiers[name] = classifier(name)
         targets = 2.0 * labels - 1
-        history = histories[name] = train(args, f"A2, {name}", model, model[0], points, targets, epochs, 0.01)
+        history = histories[name] = train(args, f"A2, {name}", model, model[0], points, targets, epochs, 0.003)
         with torch.no_grad():
             right = 100 * ((model(test_points) > 0) == test_labels).float().mean().item()
         losses, calls = (flip_histories[name]["loss"][-1], history["loss"][-1]), history["nfe"]
