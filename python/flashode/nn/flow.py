@@ -34,9 +34,9 @@ class CNF(nn.Module, Distribution):
     Args:
         field: Module called as ``field(t, z)`` with ``z`` of shape (n, *event); samples must not depend on each other.
             A field made by `flashode.compile` has the log-density and its gradients compiled as well.
-        trace: ``"exact"``: ``field.divergence(t, z)``, shape (n,), where the field has such a method, else a
-            vector-Jacobian product per dimension. ``"hutchinson"``: an estimate without bias from one product,
-            with a noise drawn for every solve (Grathwohl et al. 2019, FFJORD, arXiv:1810.01367).
+        trace: ``"exact"``: by ``field.slope_and_divergence(t, z)`` where the field has such a method, as `GatedSum`
+            does, else by a vector-Jacobian product per dimension. ``"hutchinson"``: an estimate without bias from
+            one product, with a noise drawn for every solve (Grathwohl et al. 2019, FFJORD, arXiv:1810.01367).
         t: times of the base and of the data.
         base: `torch.distributions.Distribution` of the event's shape, without batch shape; standard normal of size
             ``field.dim`` by default, in the precision of the flow.
@@ -208,8 +208,8 @@ class _Dynamics(nn.Module):
             return slope, -divergence, slope.square().flatten(1).sum(1), jacobian
         if self.trace == "hutchinson":
             slope, divergence = hutchinson_divergence(self.field, t, z, *noise)
-        elif hasattr(self.field, "divergence"):
-            slope, divergence = self.field(t, z), self.field.divergence(t, z)
+        elif hasattr(self.field, "slope_and_divergence"):
+            slope, divergence = self.field.slope_and_divergence(t, z)
         else:
             slope, divergence = exact_divergence(self.field, t, z)
         return slope, -divergence
@@ -234,29 +234,30 @@ class GatedSum(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name} must be a positive int, got {value!r}")
         self.dim, self.units = dim, units
-        self.hyper = nn.Sequential(
-            nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(),
-            nn.Linear(hidden, units * (2 * dim + 2)),
-        )  # fmt: skip
+        self.hyper = nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
+        self.w, self.u = nn.Linear(hidden, units * dim), nn.Linear(hidden, units * dim)
+        self.b, self.gate = nn.Linear(hidden, units), nn.Linear(hidden, units)
         with torch.no_grad():  # u and b of the size of the data, w so small that the sum is, too
-            self.hyper[-1].bias.normal_()
-            for x in self.hyper[-1].parameters():
-                x[: units * dim] /= math.sqrt(units)
+            for head in (self.w, self.u, self.b, self.gate):
+                head.bias.normal_()
+            for x in self.w.parameters():
+                x /= math.sqrt(units)
 
     def parameters_at(self, t):
         """Gated weights ``sigma_i w_i`` (units, dim), ``u_i`` (units, dim) and ``b_i`` (units,) at a time."""
-        flat = self.hyper(t.reshape(1)).split([self.units * n for n in (self.dim, self.dim, 1, 1)])
-        w, u = (x.reshape(self.units, self.dim) for x in flat[:2])
-        return torch.sigmoid(flat[3])[:, None] * w, u, flat[2]
+        features = self.hyper(t.reshape(1))
+        w, u = (head(features).reshape(self.units, self.dim) for head in (self.w, self.u))
+        return torch.sigmoid(self.gate(features))[:, None] * w, u, self.b(features)
 
     def forward(self, t, z):
         w, u, b = self.parameters_at(t)
         return torch.tanh(z @ u.t() + b) @ w
 
-    def divergence(self, t, z):
-        """Trace of the Jacobian at z of shape (..., dim); of shape (...)."""
+    def slope_and_divergence(self, t, z):
+        """The slope at z of shape (..., dim), and the trace of its Jacobian, of shape (...)."""
         w, u, b = self.parameters_at(t)
-        return (1 - torch.tanh(z @ u.t() + b).square()) @ (w * u).sum(1)
+        bent = torch.tanh(z @ u.t() + b)
+        return bent @ w, (1 - bent.square()) @ (w * u).sum(1)
 
 
 def _interval(t) -> tuple[float, float]:
