@@ -108,7 +108,8 @@ def imports(path):
                 yield f"{joined}/__init__"
             else:
                 found = ("/".join([*base, alias.name]) for alias in node.names)
-                yield from (f"{name}/__init__" if f"{name}/__init__" in LEVEL else name for name in found)
+                places = ((f"{name}/__init__", name, "__init__") for name in found)  # the last: a public name
+                yield from (next(place for place in each if place in LEVEL) for each in places)
 
 
 @pytest.mark.parametrize(
