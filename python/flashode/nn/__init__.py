@@ -1,15 +1,25 @@
 """Models made of ordinary differential equations, as Modules: blocks, flows, latent and stochastic ones, mechanics."""
 
+from .block import ODEBlock
 from .divergence import exact_divergence, hutchinson_divergence
-from .fields import ConcatLinear, ConcatSquashLinear, MLPField
+from .fields import ConcatConv2d, ConcatLinear, ConcatSquashConv2d, ConcatSquashLinear, ConvField, MLPField
 from .flow import CNF, GatedSum
+from .resnet import ODENet, ResidualBlock, ResNet, RKNet
 
 __all__ = [
     "CNF",
+    "ConcatConv2d",
     "ConcatLinear",
+    "ConcatSquashConv2d",
     "ConcatSquashLinear",
+    "ConvField",
     "GatedSum",
     "MLPField",
+    "ODEBlock",
+    "ODENet",
+    "RKNet",
+    "ResNet",
+    "ResidualBlock",
     "exact_divergence",
     "hutchinson_divergence",
 ]
