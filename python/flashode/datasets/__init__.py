@@ -1,25 +1,18 @@
 """Data for the examples and tests of models: densities in the plane, motions, and images; nothing is downloaded."""
 
-from .planar import (
-    annulus,
-    checkerboard,
-    circles,
-    eight_gaussians,
-    flip_1d,
-    image_points,
-    moons,
-    pinwheel,
-    two_spirals,
-)
+from .files import CITYSCAPES_CLASSES, VOID, cifar10, cityscapes, mnist
+from .images import SCENE_CLASSES, SHAPES, Labelled, digits, scenes, shapes
 
 __all__ = [
-    "annulus",
-    "checkerboard",
-    "circles",
-    "eight_gaussians",
-    "flip_1d",
-    "image_points",
-    "moons",
-    "pinwheel",
-    "two_spirals",
+    "CITYSCAPES_CLASSES",
+    "Labelled",
+    "SCENE_CLASSES",
+    "SHAPES",
+    "VOID",
+    "cifar10",
+    "cityscapes",
+    "digits",
+    "mnist",
+    "scenes",
+    "shapes",
 ]
