@@ -39,7 +39,7 @@ LAYERS = [
     ["program/__init__"],
     ["engines/on_device"],
     ["engines/reference", "engines/native"],
-    ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/scipy_solver"],
+    ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/leapfrog", "engines/scipy_solver"],
     ["engines/reference_batched", "engines/native_batched", "engines/compiled"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
