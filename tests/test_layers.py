@@ -108,7 +108,9 @@ def imports(path):
                 yield f"{joined}/__init__"
             else:
                 found = ("/".join([*base, alias.name]) for alias in node.names)
-                yield from (f"{name}/__init__" if f"{name}/__init__" in LEVEL else name for name in found)
+                # What is no module is a name of the package's own.
+                own = "/".join([*target, "__init__"])
+                yield from (next((n for n in (f"{name}/__init__", name) if n in LEVEL), own) for name in found)
 
 
 @pytest.mark.parametrize(
