@@ -1,5 +1,6 @@
 """Fields of mechanics: second order as first order, Hamilton's equations by autograd, training through both."""
 
+import copy
 import math
 
 import pytest
@@ -118,6 +119,16 @@ def test_separable_is_the_sum_and_registers_both_networks(pair):
     (dq, dp), (dq_moved, dp_moved) = field(None, (q, p)), field(None, (q + 1, p))
     assert torch.equal(dq, dq_moved) and not torch.equal(dp, dp_moved)
     assert torch.equal(dp, field(None, (q, p + 1))[1])
+
+
+def test_a_copy_has_energies_of_its_own(pair):
+    field = Separable(nn.Linear(2, 1, dtype=F64), nn.Linear(2, 1, dtype=F64))
+    twin = copy.deepcopy(field)
+    before = [x.clone() for x in twin(None, pair)]
+    with torch.no_grad():
+        for x in field.parameters():
+            x.zero_()
+    assert all(torch.equal(x, y) for x, y in zip(twin(None, pair), before))
 
 
 def test_a_separable_field_keeps_its_energy_by_leapfrog():

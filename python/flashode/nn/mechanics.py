@@ -81,6 +81,17 @@ class Hamiltonian(nn.Module):
         return of_p, -of_q
 
 
+class _Sum(nn.Module):
+    """Kinetic and potential energy, added up."""
+
+    def __init__(self, kinetic, potential):
+        super().__init__()
+        self.kinetic, self.potential = kinetic, potential
+
+    def forward(self, q: Tensor, p: Tensor) -> Tensor:
+        return self.kinetic(p) + self.potential(q)
+
+
 class Separable(Hamiltonian):
     """Hamilton's equations of ``H(q, p) = kinetic(p) + potential(q)``, which is what ``method="leapfrog"`` is for.
 
@@ -96,5 +107,4 @@ class Separable(Hamiltonian):
     """
 
     def __init__(self, kinetic, potential):
-        super().__init__(lambda q, p: self.kinetic(p) + self.potential(q))
-        self.kinetic, self.potential = kinetic, potential
+        super().__init__(_Sum(kinetic, potential))
