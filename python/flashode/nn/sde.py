@@ -94,14 +94,13 @@ class NeuralSDE(nn.Module):
 def _step(drift, diffusion, method, begin, dt, y, dW):
     """One step from ``y`` at time ``begin``."""
     t = torch.tensor(begin, dtype=y.dtype, device=y.device)
-    f = _like(y, drift(t, y), "drift")
+    y1 = torch.add(y, _like(y, drift(t, y), "drift"), alpha=dt)
     if method == "milstein":
-        g, correction = _with_derivative(diffusion, t, y)
-        f = f - correction / 2
-        g = torch.addcmul(g, correction, dW, value=0.5)
+        g, product = _with_derivative(diffusion, t, y)
+        y1, g = y1.add_(product, alpha=-dt / 2), torch.addcmul(g, product, dW, value=0.5)
     else:
         g = _like(y, diffusion(t, y), "diffusion")
-    return torch.addcmul(torch.add(y, f, alpha=dt), g, dW)
+    return y1.addcmul_(g, dW)
 
 
 def _with_derivative(diffusion, t, y):
