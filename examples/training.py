@@ -1,4 +1,4 @@
-"""What the examples share: their arguments, loops of training that can be interrupted and resumed, and tables."""
+"""What the examples share: arguments, loops of training that can be interrupted and resumed, tables, pictures."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ class Training:
         for name, value in figures.items():
             self.history.setdefault(name, []).append(float(value))
         if tqdm:
-            self.bar.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()}, refresh=False)
+            self.bar.set_postfix(
+                {name: f"{float(value):.4g}" for name, value in figures.items()}, refresh=False
+            )
 
     @property
     def checkpoint(self) -> Path:
@@ -136,6 +138,31 @@ def table(headings: list[str], rows: list[list]):
     for row in cells:
         padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric))
         print("  ".join(padded).rstrip())
+
+
+INK, PALE, COLOURS = "#2b2b33", "#d3d7e0", ("#1f6fb4", "#d1495b", "#3a9172", "#e0a030")
+_STYLE = {
+    "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+}  # fmt: skip
+
+
+def save_picture(args, draw, size):
+    """Calls ``draw(figure)`` with an empty figure of matplotlib, ``size`` inches wide and high, and saves what it drew."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("\nno picture: matplotlib is not installed (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(_STYLE)
+    figure = plt.figure(figsize=size, layout="constrained")
+    draw(figure)
+    figure.savefig(args.out, format="png", dpi=110)
+    print(f"\npicture: {args.out}")
 
 
 def _text(x) -> str:

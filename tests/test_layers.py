@@ -39,7 +39,7 @@ LAYERS = [
     ["program/__init__"],
     ["engines/on_device"],
     ["engines/reference", "engines/native"],
-    ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/scipy_solver"],
+    ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/leapfrog", "engines/scipy_solver"],
     ["engines/reference_batched", "engines/native_batched", "engines/compiled"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
@@ -108,8 +108,14 @@ def imports(path):
                 yield f"{joined}/__init__"
             else:
                 found = ("/".join([*base, alias.name]) for alias in node.names)
+<<<<<<< HEAD
                 places = ((f"{name}/__init__", name, "__init__") for name in found)  # the last: a public name
                 yield from (next(place for place in each if place in LEVEL) for each in places)
+=======
+                # What is no module is a name of the package's own.
+                own = "/".join([*target, "__init__"])
+                yield from (next((n for n in (f"{name}/__init__", name) if n in LEVEL), own) for name in found)
+>>>>>>> 5d6695819f7e371a1eaa2f858b0529bf320d4547
 
 
 @pytest.mark.parametrize(

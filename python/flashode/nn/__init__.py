@@ -4,7 +4,9 @@ from .block import ODEBlock
 from .divergence import exact_divergence, hutchinson_divergence
 from .fields import ConcatConv2d, ConcatLinear, ConcatSquashConv2d, ConcatSquashLinear, ConvField, MLPField
 from .flow import CNF, GatedSum
+from .mechanics import Hamiltonian, SecondOrder, Separable
 from .resnet import ODENet, ResidualBlock, ResNet, RKNet
+from .sde import NeuralSDE, sdeint
 
 __all__ = [
     "CNF",
@@ -14,12 +16,17 @@ __all__ = [
     "ConcatSquashLinear",
     "ConvField",
     "GatedSum",
+    "Hamiltonian",
     "MLPField",
+    "NeuralSDE",
     "ODEBlock",
     "ODENet",
     "RKNet",
     "ResNet",
     "ResidualBlock",
+    "SecondOrder",
+    "Separable",
     "exact_divergence",
     "hutchinson_divergence",
+    "sdeint",
 ]
