@@ -107,8 +107,10 @@ def imports(path):
             elif f"{joined}/__init__" in LEVEL and names:
                 yield f"{joined}/__init__"
             else:
-                found = ("/".join([*base, alias.name]) for alias in node.names)
-                yield from (f"{name}/__init__" if f"{name}/__init__" in LEVEL else name for name in found)
+                for alias in node.names:
+                    name = "/".join([*base, alias.name])
+                    places = (f"{name}/__init__", name, "/".join([*base, "__init__"]))  # the last: a public name
+                    yield next(place for place in places if place in LEVEL)
 
 
 @pytest.mark.parametrize(
