@@ -94,6 +94,19 @@ def test_the_divergence_is_that_of_normals_from_the_standard_one():
     assert bounds[0].shape == (4,)
 
 
+def test_the_bound_counts_what_was_observed_and_nothing_else():
+    model, (times, values, mask) = model_of(), series()
+    torch.manual_seed(1)
+    found = model.elbo(times, values, mask, kl_weight=0.0)
+    torch.manual_seed(1)
+    z0 = model.posterior(times, values, mask).rsample()
+    for i in range(4):
+        means = model.decode(z0[i : i + 1], times[i])[0]
+        squares = ((values[i] - means) / 0.1)[mask[i]].square()
+        expected = -(squares / 2 + math.log(0.1 * math.sqrt(2 * math.pi))).sum()
+        torch.testing.assert_close(found[i], expected)
+
+
 def linear_gaussian(mean, std, samples):
     A, C = torch.tensor([[-0.2, -1.0], [1.0, 0.1]], dtype=F64), torch.tensor([[1.0, 0.5]], dtype=F64)
     decoder = nn.Linear(2, 1, bias=False, dtype=F64)
@@ -265,10 +278,10 @@ def test_reconstruction_goes_through_the_mean_between_and_beyond_the_observation
 
 def test_samples_start_from_a_standard_normal():
     model, times, _, H, _ = linear_gaussian(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), 1)
-    made = [model.sample(5000, times, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert made[0].shape == (5000, 4, 1)
+    made = [model.sample(2000, times, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert made[0].shape == (2000, 4, 1)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-    torch.testing.assert_close(torch.cov(made[0][..., 0].T), H @ H.T, rtol=0, atol=0.06)
+    torch.testing.assert_close(torch.cov(made[0][..., 0].T), H @ H.T, rtol=0, atol=0.1)
 
 
 def test_annealing_grows_from_nothing_to_one():
