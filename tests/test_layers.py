@@ -107,6 +107,7 @@ def imports(path):
             elif f"{joined}/__init__" in LEVEL and names:
                 yield f"{joined}/__init__"
             else:
+<<<<<<< HEAD
                 found = ("/".join([*base, alias.name]) for alias in node.names)
 <<<<<<< HEAD
                 places = ((f"{name}/__init__", name, "__init__") for name in found)  # the last: a public name
@@ -116,6 +117,12 @@ def imports(path):
                 own = "/".join([*target, "__init__"])
                 yield from (next((n for n in (f"{name}/__init__", name) if n in LEVEL), own) for name in found)
 >>>>>>> 5d6695819f7e371a1eaa2f858b0529bf320d4547
+=======
+                for alias in node.names:
+                    name = "/".join([*base, alias.name])
+                    places = (f"{name}/__init__", name, "/".join([*base, "__init__"]))  # the last: a public name
+                    yield next(place for place in places if place in LEVEL)
+>>>>>>> c323a67810d05cb05625339d72704246afb6d6f9
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from .block import ODEBlock
 from .divergence import exact_divergence, hutchinson_divergence
 from .fields import ConcatConv2d, ConcatLinear, ConcatSquashConv2d, ConcatSquashLinear, ConvField, MLPField
 from .flow import CNF, GatedSum
+from .latent import LatentODE, ODERNNEncoder, RNNEncoder, kl_annealing
 from .mechanics import Hamiltonian, SecondOrder, Separable
 from .resnet import ODENet, ResidualBlock, ResNet, RKNet
 from .sde import NeuralSDE, sdeint
@@ -17,16 +18,20 @@ __all__ = [
     "ConvField",
     "GatedSum",
     "Hamiltonian",
+    "LatentODE",
     "MLPField",
     "NeuralSDE",
     "ODEBlock",
     "ODENet",
+    "ODERNNEncoder",
     "RKNet",
+    "RNNEncoder",
     "ResNet",
     "ResidualBlock",
     "SecondOrder",
     "Separable",
     "exact_divergence",
     "hutchinson_divergence",
+    "kl_annealing",
     "sdeint",
 ]
