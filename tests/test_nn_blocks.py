@@ -272,7 +272,7 @@ def test_augmented_dimensions_reach_what_is_kept():
 def test_the_calls_of_a_block_are_those_of_its_field(method, adjoint):
     field = Counting(mlp())
     block = ODEBlock(field, method=method, adjoint=adjoint)
-    assert block.nfe_forward == by_hand.nfe_forward and block.nfe_backward is None
+    assert block.nfe_forward is None and block.nfe_backward is None
     y = batch(5, 3)
     flashode.odeint(field, y, torch.tensor([0.0, 1.0], dtype=F64), method=method, rtol=1e-3, atol=1e-3)
     by_hand, field.calls = field.calls, 0
