@@ -7,6 +7,7 @@ import copy
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -203,9 +204,54 @@ def table(headings: list[str], rows: list[list]):
         print("  ".join(padded).rstrip())
 
 
+def race(runs, turns):
+    """Times functions in turns, after a call of each to warm up, and prints a table of the medians.
+
+    Args:
+        runs: what to call, by name; the last is what the others are compared with.
+        turns: calls of each that are timed.
+    """
+    seconds = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[name] += [time.perf_counter() - began] * (turn > 0)
+    medians = [statistics.median(seconds[name]) for name in runs]
+    print()
+    table(["", "ms", "times as fast"], [[n, 1000 * m, medians[-1] / m] for n, m in zip(runs, medians)])
+
+
 def _text(x) -> str:
     return f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
 
 
 def _program() -> str:
     return Path(sys.argv[0]).name
+
+
+INK = "#2b2b33"
+STYLE = {
+    "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+}  # fmt: skip
+
+
+def pyplot():
+    """matplotlib's pyplot in the style of all examples. Ends the program where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("no picture: matplotlib is not installed (pip install matplotlib)")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    matplotlib.pyplot.rcParams.update(STYLE)
+    return matplotlib.pyplot
+
+
+def save(figure, args):
+    """Writes the picture, and says where it is."""
+    figure.savefig(args.out, format="png", dpi=110)
+    print(f"\npicture: {args.out}")

@@ -1,0 +1,25 @@
+"""The example linear_spiral.py as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "linear_spiral.py"
+
+
+def test_spirals_are_learned_to_their_noise(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"^ +15 +([\d.e-]+)$", done.stdout, re.M)[1]) < 1e-4
+    assert float(re.search(r"worst error ([\d.]+)", done.stdout)[1]) < 0.01
+    noise = float(re.search(r"true solution to the points: ([\d.]+)", done.stdout)[1])
+    for field in ("linear layer", "network"):
+        _, last, to_truth = re.search(rf"^{field} +(\S+) +(\S+) +(\S+)$", done.stdout, re.M).groups()
+        assert float(last) < 1.1 * noise and float(to_truth) < noise / 2
+    assert (tmp_path / "out" / "linear_spiral.png").stat().st_size > 20_000
