@@ -2,17 +2,19 @@
 
 Problem. The pendulum q'' = -sin(q), also written with Hamilton's equations of H(q, p) = p^2 / 2 + 1 - cos(q),
 
-  known    from q = 1, p = 0 over 1,000 periods, by `leapfrog`, `rk4` and `euler`, with as many calls of the field each;
-  learned  from 25 trajectories of 6 units of time, seen every 0.2 with Gaussian noise of standard deviation 0.05,
-           once as a plain network, (q, p)' = net(q, p), and once as two networks T(p) and V(q) for the energy
-           T(p) + V(q), whose derivatives are the field (`flashode.nn.Separable`).
+  known    from q = 1, p = 0 over 1,000 periods, by `leapfrog`, `rk4` and `euler`, with as many calls of
+           the field each;
+  learned  from 25 trajectories of 6 units of time, seen every 0.2 with Gaussian noise of standard deviation
+           0.05, once as a plain network, (q, p)' = net(q, p), and once as two networks T(p) and V(q) for
+           the energy T(p) + V(q), whose derivatives are the field (`flashode.nn.Separable`).
 
-Right answer. Leapfrog's error in the energy is bounded by a few thousandths for ever; RK4 loses energy in every step, and
-Euler's method gains it. The learned energy has the shapes p^2 / 2 and 1 - cos(q), up to constants; its orbits close, long
-after the last observation, and those of the plain network drift away from their energy.
+Right answer. Leapfrog's error in the energy is bounded by a few thousandths for ever; RK4 loses energy in
+every step, and Euler's method gains it. The learned energy has the shapes p^2 / 2 and 1 - cos(q), up to
+constants; its orbits close, long after the last observation, and those of the plain network drift away from
+their energy.
 
-Training. Both networks predict, from every observed point, the next five: one solve of all pieces by `rk4` on the times of
-the observations, by a compiled program, and a step of Adam.
+Training. Both networks predict, from every observed point, the next five: one solve of all pieces by `rk4`
+on the times of the observations, by a compiled program, and a step of Adam.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ def energy_net(width=64):
 
 
 def observations(trajectories=25, length=31):
-    """q and p of shape (length, trajectories, 1), with noise; energies from 0.1 to 1.6, of 2 where it goes over."""
+    """q and p of shape (length, trajectories, 1), with noise; energies from 0.1 to 1.6: beyond 2 it goes over."""
     energy = 0.1 + 1.5 * torch.rand(trajectories, 1)
     y0 = torch.arccos(1 - energy), torch.zeros(trajectories, 1)
     phase = torch.rand(trajectories, 1) * 7

@@ -4,24 +4,26 @@ Problem. On the unit square,
 
     u_xx + u_yy = rho = 2 pi sin(x) sin(y),     u = 0 on the four sides.
 
-Physics-informed training knows no values of u inside: the loss is the root mean square of u_xx + u_yy - rho at random
-points inside, and that of u at random points of the sides.
+Physics-informed training knows no values of u inside: the loss is the root mean square of u_xx + u_yy - rho
+at random points inside, and that of u at random points of the sides.
 
-Right answer. Finite differences on a grid of 200 x 200 cells give u to four digits; its least value is -0.115. A report
-on such a network (Zhou, *Neural Ordinary Differential Equations*) ends after 60 steps of Adam at a rate of 0.1 with a loss
-of 0.0768 of the equation and of 0.1029 of the boundary: to be undercut in as many steps, and by far with more. (The rate
-is 0.02 here, and falls. Held at 0.1, this network's loss of the equation is 0.7 after 60 steps.)
+Right answer. Finite differences on a grid of 200 x 200 cells give u to four digits; its least value is
+-0.115. A report on such a network (Zhou, *Neural Ordinary Differential Equations*) ends after 60 steps of
+Adam at a rate of 0.1 with a loss of 0.0768 of the equation and of 0.1029 of the boundary: to be undercut in
+as many steps, and by far with more. (The rate is 0.02 here, and falls. Held at 0.1, this network's loss of
+the equation is 0.7 after 60 steps.)
 
-How the report is read. It prints the boundary's loss as the norm of "Laplacian + u", which is no Dirichlet condition: it is
-taken for the norm of u on the boundary. It gives no boundary values: they are taken to be zero, as is usual. Its rho
-vanishes on two sides only, as if the square were meant to be [0, pi]^2; it is kept as it is printed. Where the two other
-sides meet, rho is not zero while u_xx + u_yy of any smooth u that is zero on both is: in that corner something is left
-of the equation by every network. Which norm is meant is not said: root mean squares are larger than mean
-squares as long as both are below 1, so that undercutting the figures by the former is undercutting them by either.
+How the report is read. It prints the boundary's loss as the norm of "Laplacian + u", which is no Dirichlet
+condition: it is taken for the norm of u on the boundary. It gives no boundary values: they are taken to be
+zero, as is usual. Its rho vanishes on two sides only, as if the square were meant to be [0, pi]^2; it is
+kept as it is printed. Where the two other sides meet, rho is not zero while u_xx + u_yy of any smooth u
+that is zero on both is: in that corner something is left of the equation by every network. Which norm is
+meant is not said: root mean squares are larger than mean squares as long as both are below 1, so that
+undercutting the figures by the former is undercutting them by either.
 
-How it works. A point (x, y) is lifted to a state h, which an ODE moves from t = 0 to 1: u = readout(h(1)). What the equation
-needs are derivatives in x and y, not in t. They obey equations of their own, those of h differentiated, and are solved along
-with it: for dh/dt = f(h)
+How it works. A point (x, y) is lifted to a state h, which an ODE moves from t = 0 to 1: u = readout(h(1)).
+What the equation needs are derivatives in x and y, not in t. They obey equations of their own, those of h
+differentiated, and are solved along with it: for dh/dt = f(h)
 
     d/dt h_x = J h_x,    d/dt (h_xx + h_yy) = J (h_xx + h_yy) + f''(h_x, h_x) + f''(h_y, h_y).
 
@@ -115,8 +117,8 @@ def train(args, model, steps):
     for step in training:
         adam.zero_grad()
         equation, boundary = losses(model, random_inside(INSIDE), random_on_sides(ON_SIDES))
-        # Errors on the boundary go all through the square, those of the equation stay small: after the report's steps
-        # the boundary counts more than in the report's loss.
+        # Errors on the boundary go all through the square: after the report's steps it counts more than in
+        # the report's loss.
         (equation + (1 if step < REPORT_STEPS else 10) * boundary).backward()
         adam.step()
         schedule.step()

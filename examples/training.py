@@ -149,7 +149,7 @@ _STYLE = {
 
 
 def save_picture(args, draw, size):
-    """Calls ``draw(figure)`` with an empty figure of matplotlib, ``size`` inches wide and high, and saves what it drew."""
+    """Calls ``draw(figure)`` with a figure of matplotlib, ``size`` inches wide and high, and saves what it drew."""
     try:
         import matplotlib
     except ImportError:

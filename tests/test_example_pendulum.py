@@ -1,4 +1,4 @@
-"""examples/pendulum.py as a user runs it: bounded energy by leapfrog, and a learned energy with the true one's shape."""
+"""examples/pendulum.py as a user runs it: energy bounded by leapfrog, and a learned one of the true shape."""
 
 import re
 import subprocess
