@@ -4,12 +4,12 @@ Problem. Predators and prey, from (1, 2), and a pendulum from several angles,
 
     x' = x - x y,   y' = x y - y;          theta' = -p,   p' = sin(theta).
 
-Neither has a solution in closed form, but both keep a function of the state: x - ln x + y - ln y, and the energy
-p^2 / 2 - cos(theta). Every true orbit is a closed curve, or a pendulum's that goes round and round.
+Neither has a solution in elementary functions, but both keep a function of the state: x - ln x + y - ln y, and the
+energy p^2 / 2 - cos(theta). Every true orbit is a closed curve, or a pendulum's that goes round and round.
 
-Right answer. Euler's orbits spiral outwards, and RK4's close to within the width of a line. The error at a fixed time
-falls with the first power of the step size for Euler's method and with the fourth for RK4, which costs four calls
-of the field a step: so the table also says what either method needs for an error of 1e-4.
+Right answer. Euler's orbits spiral outwards, and RK4's close to within the width of a line. The error at a
+fixed time falls with the first power of the step size for Euler's method and with the fourth for RK4, which
+costs four calls of the field a step: so the table also says what either method needs for an error of 1e-4.
 
 Errors are distances to a solution by `dopri8` at tolerances of 1e-13. `rk4` is Kutta's 3/8 rule, as in torchdiffeq.
 """
