@@ -7,7 +7,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal, Uniform
+from torch.distributions import (
+    AffineTransform, Independent, MultivariateNormal, Normal, TransformedDistribution, Uniform
+)  # fmt: skip
 
 import flashode
 from flashode import ArgumentError, ArgumentTypeError, datasets
@@ -305,6 +307,15 @@ def test_it_is_a_distribution_of_the_base_given():
     assert flow.batch_shape == () and flow.event_shape == (1, 2)
     x = flow.sample((5, 2))
     assert x.shape == (5, 2, 1, 2) and flow.log_prob(x).shape == (5, 2)
+
+
+def test_it_goes_into_other_distributions():
+    flow = CNF(Linear(), **TIGHT).double()
+    shift, scale = torch.tensor([1.0, -2.0]).double(), torch.tensor([2.0, 0.5]).double()
+    whole = TransformedDistribution(flow, AffineTransform(shift, scale, event_dim=1))
+    x = whole.rsample((3,))
+    expected = flow.log_prob((x - shift) / scale) - scale.log().sum()
+    torch.testing.assert_close(whole.log_prob(x), expected)
 
 
 @torch.no_grad()
