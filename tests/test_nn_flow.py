@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import (
-    AffineTransform, Independent, MultivariateNormal, Normal, TransformedDistribution, Uniform
+    AffineTransform,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    Uniform,
 )  # fmt: skip
 
 import flashode
@@ -74,8 +79,10 @@ def test_the_exact_divergence_is_the_trace_of_the_jacobian(name):
 
 def test_the_gated_sum_is_the_sum_that_it_says():
     field, t, z = FIELDS["gated"]().double(), torch.tensor(0.7).double(), torch.randn(4, 3).double()
-    w, u, b = field.parameters_at(t)
-    expected = sum(w[i] * torch.tanh(z @ u[i] + b[i])[:, None] for i in range(7))
+    features = field.hyper(t.reshape(1))
+    w, u = field.w(features).view(7, 3), field.u(features).view(7, 3)
+    b, sigma = field.b(features), 1 / (1 + torch.exp(-field.gate(features)))
+    expected = sum(sigma[i] * w[i] * torch.tanh(z @ u[i] + b[i])[:, None] for i in range(7))
     torch.testing.assert_close(field(t, z), expected, rtol=0, atol=1e-12)
     assert (field(torch.tensor(0.1).double(), z) - expected).abs().max() > 1e-3  # it depends on the time
 
