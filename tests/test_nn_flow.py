@@ -7,7 +7,14 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal, Uniform
+from torch.distributions import (
+    AffineTransform,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    Uniform,
+)  # fmt: skip
 
 import flashode
 from flashode import ArgumentError, ArgumentTypeError, datasets
@@ -72,8 +79,10 @@ def test_the_exact_divergence_is_the_trace_of_the_jacobian(name):
 
 def test_the_gated_sum_is_the_sum_that_it_says():
     field, t, z = FIELDS["gated"]().double(), torch.tensor(0.7).double(), torch.randn(4, 3).double()
-    w, u, b = field.parameters_at(t)
-    expected = sum(w[i] * torch.tanh(z @ u[i] + b[i])[:, None] for i in range(7))
+    features = field.hyper(t.reshape(1))
+    w, u = field.w(features).view(7, 3), field.u(features).view(7, 3)
+    b, sigma = field.b(features), 1 / (1 + torch.exp(-field.gate(features)))
+    expected = sum(sigma[i] * w[i] * torch.tanh(z @ u[i] + b[i])[:, None] for i in range(7))
     torch.testing.assert_close(field(t, z), expected, rtol=0, atol=1e-12)
     assert (field(torch.tensor(0.1).double(), z) - expected).abs().max() > 1e-3  # it depends on the time
 
@@ -305,6 +314,15 @@ def test_it_is_a_distribution_of_the_base_given():
     assert flow.batch_shape == () and flow.event_shape == (1, 2)
     x = flow.sample((5, 2))
     assert x.shape == (5, 2, 1, 2) and flow.log_prob(x).shape == (5, 2)
+
+
+def test_it_goes_into_other_distributions():
+    flow = CNF(Linear(), **TIGHT).double()
+    shift, scale = torch.tensor([1.0, -2.0]).double(), torch.tensor([2.0, 0.5]).double()
+    whole = TransformedDistribution(flow, AffineTransform(shift, scale, event_dim=1))
+    x = whole.rsample((3,))
+    expected = flow.log_prob((x - shift) / scale) - scale.log().sum()
+    torch.testing.assert_close(whole.log_prob(x), expected)
 
 
 @torch.no_grad()

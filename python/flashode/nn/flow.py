@@ -63,13 +63,9 @@ class CNF(nn.Module, Distribution):
             raise ArgumentTypeError(
                 f"field must be a Module called as field(t, z), got {type(field).__name__}"
             )
-        for name, value, allowed in (
-            ("trace", trace, TRACES),
-            ("noise", noise, NOISES),
-            ("adjoint", adjoint, ADJOINTS),
-        ):
-            if value not in allowed:
-                raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        _require_one_of("trace", trace, TRACES)
+        _require_one_of("noise", noise, NOISES)
+        _require_one_of("adjoint", adjoint, ADJOINTS)
         self.field, self.trace, self.noise, self.adjoint = field, trace, noise, adjoint
         self.t0, self.t1 = _interval(t)
         self.method, self.rtol, self.atol, self.options = method, rtol, atol, options
@@ -84,16 +80,17 @@ class CNF(nn.Module, Distribution):
                 f"base must be a Distribution without batch shape, got {base!r}; see torch.distributions.Independent"
             )
         Distribution.__init__(self, torch.Size(), self.base.event_shape, validate_args=False)
-        # Not submodules, which would put their parameters twice into the state_dict.
-        bare, made = (
-            (field.func, compile) if isinstance(field, CompiledField) else (field, lambda dynamics: dynamics)
-        )
-        self._dynamics = {costs: made(_Dynamics(bare, trace, costs)) for costs in (False, True)}
+        bare = field.func if isinstance(field, CompiledField) else field
+        dynamics = {costs: _Dynamics(bare, trace, costs) for costs in (False, True)}
+        # In a dict, not as submodules, which would put their parameters twice into the state_dict.
+        self._dynamics = dynamics if bare is field else {costs: compile(d) for costs, d in dynamics.items()}
 
     @property
     def base(self) -> Distribution:
         """The distribution at ``t[0]``."""
-        return self._given or Independent(Normal(self._zero, torch.ones_like(self._zero)), 1)
+        if self._given is not None:
+            return self._given
+        return Independent(Normal(self._zero, torch.ones_like(self._zero)), 1)
 
     @property
     def support(self):
@@ -258,6 +255,11 @@ class GatedSum(nn.Module):
         w, u, b = self.parameters_at(t)
         bent = torch.tanh(z @ u.t() + b)
         return bent @ w, (1 - bent.square()) @ (w * u).sum(1)
+
+
+def _require_one_of(name, value, allowed):
+    if value not in allowed:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def _interval(t) -> tuple[float, float]:
