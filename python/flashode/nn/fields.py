@@ -28,7 +28,7 @@ class ConcatLinear(nn.Linear):
 class ConcatSquashLinear(nn.Module):
     """A linear layer, gated and shifted by the time: ``linear(x) * sigmoid(gate(t)) + bias(t)``.
 
-    Called as ``layer(t, x)``. Grathwohl et al. 2019, FFJORD, arXiv:1810.01367, appendix B.1.
+    Called as ``layer(t, x)``. Grathwohl et al. 2019, FFJORD, arXiv:1810.01367.
     """
 
     def __init__(self, in_features: int, out_features: int):
