@@ -21,8 +21,8 @@ def exact_divergence(field, t, y, *, frobenius=False):
 
     Example:
         >>> slope, divergence = exact_divergence(lambda t, y: y * y, torch.tensor(0.0), torch.tensor([[1.0, 2.0]]))
-        >>> divergence
-        tensor([6.])
+        >>> divergence.item()
+        6.0
     """
 
     def measured(y, slope, products):
