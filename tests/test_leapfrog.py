@@ -73,6 +73,30 @@ def test_the_order_is_two_in_both_directions_of_time(start, t):
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.05)
 
 
+def test_the_order_is_two_even_where_each_slope_depends_on_both_members(start):
+    def damped(t, state):
+        q, p = state
+        return p + 0.2 * q * torch.cos(t), -torch.sin(q) - 0.5 * p * (1 + q**2)
+
+    t = times(0, 2)
+    exact = [x[-1] for x in odeint(damped, start, t, method="dopri8", rtol=1e-13, atol=1e-13)]
+    errors = []
+    for steps in (100, 200):
+        errors.append(max((x - y).abs().max().item() for x, y in zip(end(damped, start, t, steps), exact)))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.1)
+
+
+def test_the_field_may_write_into_what_it_is_shown(start):
+    def careless(t, state):
+        slopes = tuple(x.clone() for x in pendulum(t, state))
+        for x in state:
+            x.fill_(torch.nan)
+        return slopes
+
+    expected, found = end(pendulum, start, times(0, 1), 5), end(careless, start, times(0, 1), 5)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+
+
 def test_the_same_steps_backwards_return_to_the_start(start):
     t = times(0, 50)
     there = end(driven, start, t, 1000)

@@ -11,7 +11,7 @@ from .. import ArgumentError
 class SecondOrder(nn.Module):
     """``y'' = field(t, y, v)`` as a field of first order, of the state ``(y, v)`` with ``v = y'``.
 
-    Where ``field`` does not read ``v``, ``method="leapfrog"`` serves; every other method does anyway.
+    Every method serves; ``"leapfrog"`` is the one for long times where ``field`` does not depend on ``v``.
 
     Args:
         field: callable ``field(t, y, v)`` that returns the acceleration, shaped like ``y``. Parameters of
