@@ -36,7 +36,7 @@ class Spring(torch.nn.Module):
     def forward(self, t, state):
         q, p = state
         self.calls += 1
-        return p, -self.stiffness * torch.sin(q) + 0.1 * torch.cos(t)
+        return p * (1 + 0.2 * torch.sin(t)), -self.stiffness * torch.sin(q) + 0.1 * torch.cos(t)
 
 
 @pytest.fixture
@@ -71,6 +71,30 @@ def test_the_order_is_two_in_both_directions_of_time(start, t):
         errors.append(max((x - y).abs().max().item() for x, y in zip(found, exact)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.05)
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.05)
+
+
+def test_the_order_is_two_even_where_each_slope_depends_on_both_members(start):
+    def damped(t, state):
+        q, p = state
+        return p + 0.2 * q * torch.cos(t), -torch.sin(q) - 0.5 * p * (1 + q**2)
+
+    t = times(0, 2)
+    exact = [x[-1] for x in odeint(damped, start, t, method="dopri8", rtol=1e-13, atol=1e-13)]
+    errors = []
+    for steps in (100, 200):
+        errors.append(max((x - y).abs().max().item() for x, y in zip(end(damped, start, t, steps), exact)))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.1)
+
+
+def test_the_field_may_write_into_what_it_is_shown(start):
+    def careless(t, state):
+        slopes = tuple(x.clone() for x in pendulum(t, state))
+        for x in state:
+            x.fill_(torch.nan)
+        return slopes
+
+    expected, found = end(pendulum, start, times(0, 1), 5), end(careless, start, times(0, 1), 5)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
 
 
 def test_the_same_steps_backwards_return_to_the_start(start):
@@ -187,13 +211,25 @@ def test_outputs_between_steps_have_the_methods_order(start, interp, order):
     assert math.log2(errors[0] / errors[1]) > order - 0.35
 
 
-def test_the_cubic_goes_through_the_ends_and_their_slopes(start):
-    sol = solve(
-        pendulum, start, times(0, 0.3), method="leapfrog", options={"interp": "cubic"}, dense=True
-    ).sol
-    for t in (0.0, 0.3):
+def test_the_cubic_goes_through_the_ends_of_steps_and_their_slopes(start):
+    options = {"interp": "cubic", "step_size": 0.3}
+    sol = solve(pendulum, start, times(0, 0.6), method="leapfrog", options=options, dense=True).sol
+    for t in (0.0, 0.3, 0.3 + 1e-15, 0.6):  # in the middle, from the left and from the right
         for slope, expected in zip(sol.derivative(t), pendulum(None, sol(t))):
             torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_perturb_shows_the_field_both_sides_of_a_steps_ends(start):
+    seen = []
+
+    def field(t, state):
+        seen.append(t.item())
+        return pendulum(t, state)
+
+    options = {"step_size": 0.5, "perturb": True}
+    odeint(field, start, times(0, 1), method="leapfrog", options=options)
+    before, after = (math.nextafter(0.5, end) for end in (0, 1))
+    assert seen == [math.nextafter(0, 1), 0.25, before, after, 0.75, math.nextafter(1, 0)]
 
 
 def test_a_grid_of_ones_own_is_stepped_on(start):

@@ -147,6 +147,21 @@ def test_the_last_step_ends_at_the_end():
     assert len(seen) == 10
 
 
+@each_method
+def test_paths_may_be_those_of_vmap(method):
+    y0, noise = torch.tensor([0.3, 0.9], dtype=F64), brownian(4, 5, 2)
+
+    def path(dW):
+        return sdeint(growth, growing_noise, y0, ENDS, method=method, step_size=0.25, noise=dW)
+
+    together = sdeint(
+        growth, growing_noise, y0.expand(5, 2), ENDS, method=method, step_size=0.25, noise=noise
+    )
+    if method == "euler_maruyama":
+        torch.testing.assert_close(torch.func.vmap(path, in_dims=1)(noise).transpose(0, 1), together)
+    torch.testing.assert_close(path(noise[:, 3]), together[:, 3])
+
+
 def test_one_time_is_the_start():
     assert torch.equal(
         sdeint(growth, growing_noise, torch.ones(2), torch.zeros(1), step_size=0.1), torch.ones(1, 2)

@@ -16,7 +16,9 @@ class LeapfrogRun(Run):
 
         p_mid = p0 + dt/2 g(t0, q0),   q1 = q0 + dt f(t_mid, p_mid),   p1 = p_mid + dt/2 g(t1, q1).
 
-    ``func`` gives f and g at once, and is asked for each where it is needed, with the other member as it is.
+    ``func`` gives f and g at once, and is asked for each where it is needed; the other member is moved along by
+    its slope at the start. Neither f nor g is to depend on it. Where they do, the method is of second order
+    still, but neither reversible nor symplectic.
     """
 
     def __init__(self, problem: Problem):
@@ -39,10 +41,12 @@ class LeapfrogRun(Run):
             signed_dt = signed_dt + p.direction * (shift1 - self.shift0)
             shift_mid = (self.shift0 + shift1) / 2
         (q0, p0), (_, g0) = self.y0.chunk(2), f0.chunk(2)
-        p_mid = combine(p0, [g0], [signed_dt / 2])
-        f_mid, _ = self.call(t_mid, torch.cat([q0, p_mid]), shift_mid).chunk(2)
+        y_mid = combine(self.y0, [f0], [signed_dt / 2])
+        p_mid = y_mid.chunk(2)[1].clone()  # func may write into what it is shown
+        f_mid, _ = self.call(t_mid, y_mid, shift_mid).chunk(2)
         q1 = combine(q0, [f_mid], [signed_dt])
-        f1 = self.call(t1, torch.cat([q1, p_mid]), shift1, nudge=-1 if p.perturb else 0)
+        y_end = torch.cat([q1, combine(p0, [g0], [signed_dt])])
+        f1 = self.call(t1, y_end, shift1, nudge=-1 if p.perturb else 0)
         _, g1 = f1.chunk(2)
         self.f1 = f1 if self.hands_on else None
         mean = torch.cat([f_mid, (g0 + g1) / 2])

@@ -11,7 +11,7 @@ from .. import ArgumentError
 class SecondOrder(nn.Module):
     """``y'' = field(t, y, v)`` as a field of first order, of the state ``(y, v)`` with ``v = y'``.
 
-    Where ``field`` does not read ``v``, ``method="leapfrog"`` serves; every other method does anyway.
+    Every method serves; ``"leapfrog"`` is the one for long times where ``field`` does not depend on ``v``.
 
     Args:
         field: callable ``field(t, y, v)`` that returns the acceleration, shaped like ``y``. Parameters of
@@ -40,7 +40,8 @@ class Hamiltonian(nn.Module):
 
     ``H`` may be a network, whose energy every exact solution then keeps, whatever it has learned (Greydanus,
     Dzamba, Yosinski, *Hamiltonian Neural Networks*, 2019). The derivatives of ``H`` are autograd's, and can be
-    differentiated again for training; ``H`` itself has to be twice differentiable then, as with tanh. A ReLU is not.
+    differentiated again for training: ``H`` has to be twice differentiable then, as with tanh, and a ReLU is not.
+    They are taken inside the field, which transforms of `torch.func` (vmap, grad) do not go through: batch q and p.
 
     Args:
         H: callable ``H(q, p)`` with q and p of shape (..., n); returns energies, of shape (...) or (..., 1), or one

@@ -97,10 +97,10 @@ def _step(drift, diffusion, method, begin, dt, y, dW):
     y1 = torch.add(y, _like(y, drift(t, y), "drift"), alpha=dt)
     if method == "milstein":
         g, product = _with_derivative(diffusion, t, y)
-        y1, g = y1.add_(product, alpha=-dt / 2), torch.addcmul(g, product, dW, value=0.5)
+        y1, g = torch.add(y1, product, alpha=-dt / 2), torch.addcmul(g, product, dW, value=0.5)
     else:
         g = _like(y, diffusion(t, y), "diffusion")
-    return y1.addcmul_(g, dW)
+    return torch.addcmul(y1, g, dW)
 
 
 def _with_derivative(diffusion, t, y):
