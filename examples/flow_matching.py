@@ -24,11 +24,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from training import Training, parser, prepare, table
 
 import flashode
 from flashode import datasets
 from flashode.nn import MLPField
+from pictures import COLOURS, INK, PALE, save_picture
+from training import Training, parser, prepare, table
 
 try:
     import torchdiffeq
@@ -168,31 +169,23 @@ def report(found, data, others):
 
 
 @torch.no_grad()
-def draw(field, z, data, path):
+def draw(figure, field, z, data):
     """The points at five times, the paths of some of them, and the data."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    ink = "#2b2b33"
-    plt.rcParams.update({"font.size": 9, "text.color": ink, "axes.titlecolor": ink})
     ys = flashode.odeint(field, z, SHOWN, rtol=1e-4, atol=1e-4)
     paths = flashode.odeint(field, z[:160], torch.linspace(0, 1, 60), rtol=1e-4, atol=1e-4)
-    figure, axes = plt.subplots(1, len(SHOWN) + 2, figsize=(14, 2.3), layout="constrained")
+    axes = figure.subplots(1, len(SHOWN) + 2)
     dots = {"s": 2.5, "linewidths": 0, "alpha": 0.5}
     for ax, t, y in zip(axes, SHOWN, ys):
-        ax.scatter(*y.T, color="#1f6fb4", **dots)
+        ax.scatter(*y.T, color=COLOURS[0], **dots)
         ax.set_title(f"t = {t:g}")
-    axes[-2].plot(*paths.permute(2, 0, 1), color=ink, lw=0.4, alpha=0.5)
-    axes[-2].scatter(*paths[-1].T, s=5, color="#d1495b", linewidths=0, zorder=3)
+    axes[-2].plot(*paths.permute(2, 0, 1), color=INK, lw=0.4, alpha=0.5)
+    axes[-2].scatter(*paths[-1].T, s=5, color=COLOURS[1], linewidths=0, zorder=3)
     axes[-2].set_title("paths")
-    axes[-1].scatter(*data.T, color=ink, **dots)
+    axes[-1].scatter(*data.T, color=INK, **dots)
     axes[-1].set_title("data")
     for ax in axes:
         ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
-        ax.spines[:].set_color("#d3d7e0")
-    figure.savefig(path, dpi=100)
+        ax.spines[:].set_color(PALE)
 
 
 # ---- command line ---------------------------------------------------------------------------------
@@ -206,11 +199,7 @@ def main():
     z = torch.randn(SAMPLES, 2)
     data, others = (datasets.eight_gaussians(SAMPLES, noise=NOISE) for _ in range(2))
     report(sample(field, z, 2 if args.quick else 9), data, others)
-    try:
-        draw(field, z, data, args.out)
-        print(f"\npicture: {args.out}")
-    except ImportError:
-        print("\nno picture: matplotlib is not installed (pip install matplotlib)")
+    save_picture(args, lambda figure: draw(figure, field, z, data), (14, 2.3))
 
 
 if __name__ == "__main__":

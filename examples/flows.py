@@ -27,11 +27,12 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from training import Training, parser, prepare, table
 
 import flashode
 from flashode import datasets
 from flashode.nn import CNF, GatedSum
+from pictures import save_picture
+from training import Training, parser, prepare, table
 
 try:
     import torchdiffeq
@@ -214,18 +215,10 @@ def torchdiffeq_log_prob(field, base, x, tolerances):
 # ---- picture ----------------------------------------------------------------------------------------
 
 
-def draw(fits, path):
+def draw(figure, fits):
     """A row for every density: data, the density of the flow at five times, and samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "text.color": "#2b2b33", "axes.labelcolor": "#2b2b33"})
     columns = 2 + len(TIMES)
-    figure, axes = plt.subplots(
-        len(fits), columns, figsize=(1.55 * columns, 1.62 * len(fits)), layout="constrained", squeeze=False
-    )
+    axes = figure.subplots(len(fits), columns, squeeze=False)
     side = torch.linspace(-HALF, HALF, 100)
     grid = torch.cartesian_prod(side, side)
     for row, fit in zip(axes, fits):
@@ -241,8 +234,7 @@ def draw(fits, path):
             ax.spines[:].set_visible(False)
         row[0].set_ylabel(fit.name.replace("_", " "))
     for ax, title in zip(axes[0], ["data", *(f"density, t = {t:g}" for t in TIMES), "samples"]):
-        ax.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=100)
+        ax.set_title(title, fontsize=9, loc="center")
 
 
 def histogram(points) -> torch.Tensor:
@@ -272,11 +264,8 @@ def main():
         ["a training step on circles", "ms", "times compiled"],
         [list(row) for row in compare(fits[0].flow, fits[0].points[:BATCH], 3 if args.quick else 15)],
     )
-    try:
-        draw(fits, args.out)
-        print(f"\npicture: {args.out}")
-    except ImportError:
-        print("\nno picture: matplotlib is not installed (pip install matplotlib)")
+    size = (1.55 * (2 + len(TIMES)), 1.62 * len(fits))
+    save_picture(args, lambda figure: draw(figure, fits), size)
 
 
 if __name__ == "__main__":

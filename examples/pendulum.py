@@ -23,10 +23,11 @@ import math
 
 import torch
 from torch import nn
-from training import COLOURS, INK, PALE, Training, parser, prepare, save_picture, table
 
 import flashode
 from flashode.nn import SecondOrder, Separable
+from pictures import COLOURS, INK, PALE, save_picture
+from training import Training, parser, prepare, table
 
 F64 = torch.float64
 START = 1.0

@@ -36,9 +36,10 @@ import math
 
 import torch
 from torch import nn
-from training import COLOURS, INK, Training, parser, prepare, save_picture, table
 
 import flashode
+from pictures import COLOURS, INK, save_picture
+from training import Training, parser, prepare, table
 
 F64 = torch.float64
 REPORT = {"equation": 0.076783, "boundary": 0.102908}

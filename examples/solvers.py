@@ -20,9 +20,10 @@ import math
 import time
 
 import torch
-from training import COLOURS, INK, PALE, parser, prepare, save_picture, table
 
 import flashode
+from pictures import COLOURS, INK, PALE, save_picture
+from training import parser, prepare, table
 
 try:
     import torchdiffeq

@@ -222,23 +222,6 @@ def race(runs, turns):
     table(["", "ms", "times as fast"], [[n, 1000 * m, medians[-1] / m] for n, m in zip(runs, medians)])
 
 
-def save_picture(args, draw, size):
-    """Calls ``draw(figure)`` with a figure of matplotlib, ``size`` inches wide and high, and saves what it drew."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("\nno picture: matplotlib is not installed (pip install matplotlib)")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    figure = plt.figure(figsize=size, layout="constrained")
-    draw(figure)
-    figure.savefig(args.out, format="png", dpi=110)
-    print(f"\npicture: {args.out}")
-
-
 def _text(x) -> str:
     return f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
 
