@@ -22,10 +22,10 @@ import copy
 
 import torch
 from torch import nn
-from training import INK, Training, parser, prepare, pyplot, race, save, table
 
 import flashode
 from flashode.nn import MLPField
+from training import INK, Training, parser, prepare, pyplot, race, save, table
 
 try:
     import torchdiffeq

@@ -19,11 +19,11 @@ import copy
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from training import INK, Training, parser, prepare, pyplot, race, save, table
 
 import flashode
 from flashode.datasets import moons
 from flashode.nn import MLPField, ODEBlock
+from training import INK, Training, parser, prepare, pyplot, race, save, table
 
 try:
     import torchdiffeq

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shlex
+import shutil
+import signal
 import statistics
 import sys
 import time
@@ -24,7 +27,7 @@ def parser(doc: str, picture: str) -> argparse.ArgumentParser:
         doc: the example's docstring; its first line is the description.
         picture: name of its picture, without folder.
     """
-    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
     add = made.add_argument
     add("--quick", action="store_true", help="a minute's worth: only to see that it runs")
     add("--out", type=Path, default=Path("out") / picture, metavar="PNG", help=f"picture (out/{picture})")
@@ -34,12 +37,16 @@ def parser(doc: str, picture: str) -> argparse.ArgumentParser:
 
 
 def prepare(args):
-    """Seeds torch, and makes the folder of the picture. Ends the program where that cannot be done."""
+    """Seeds torch, makes the folder of the picture, reads the checkpoint to go on from.
+
+    Ends the program, with a line that says why, where one of them cannot be done.
+    """
     torch.manual_seed(args.seed)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"{_program()}: {error.filename}: {error.strerror}")
+    args.trained = {} if args.resume is None else _checkpoint(args)
 
 
 class Training:
@@ -52,9 +59,13 @@ class Training:
             ...
             training.show(loss=loss)
 
+    Ctrl-C lets the step in hand finish, so that what goes on from the checkpoint is what would have come, bit
+    for bit; a second one ends the program at once. The state of torch's random numbers on the CPU is kept too,
+    that of other generators is not.
+
     Args:
-        args: of `parser`; ``args.resume`` is a checkpoint to go on from.
-        name: of the training: one in the program, or one of several that run one after the other.
+        args: of `parser`, after `prepare`.
+        name: of the training, of which a program may have several that run one after the other.
         steps: how many.
         parts: what has ``state_dict`` and ``load_state_dict``, by name.
 
@@ -66,69 +77,121 @@ class Training:
     def __init__(self, args, name: str, steps: int, **parts):
         self.args, self.name, self.steps, self.parts = args, name, steps, parts
         self.history: dict[str, list[float]] = {}
-        self.seconds, self.first = 0.0, 0
-        if args.resume is not None:
-            self._load(args.resume)
+        self.seconds, self.first, self.random = 0.0, 0, None
+        if name in args.trained:  # if not, the interruption came in a training before this one
+            self._go_on_from(args.trained[name])
 
     def __iter__(self):
+        if self.random is not None:
+            torch.set_rng_state(self.random)
         if self.first == self.steps:
             return
-        began, step = time.perf_counter() - self.seconds, self.first
-        steps = range(self.first, self.steps)
-        self.bar = tqdm(steps, self.name, self.steps, initial=self.first, leave=False) if tqdm else steps
+        began, steps = time.perf_counter() - self.seconds, range(self.first, self.steps)
+        if tqdm:
+            pause = 0.1 if sys.stderr.isatty() else 2  # seconds; a log need not have it all
+            steps = tqdm(steps, self.name, self.steps, initial=self.first, leave=False, mininterval=pause)
+        self.bar, self.interrupted = steps, False
+        usual = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            for step in self.bar:
+            for step in steps:
                 yield step
                 self.seconds = time.perf_counter() - began
-        except KeyboardInterrupt:
-            self.seconds = time.perf_counter() - began
-            sys.exit(self._saved(step))
-        self._save(self.steps)
+                if self.interrupted:
+                    break
+            self._save(step + 1)
+        finally:
+            signal.signal(signal.SIGINT, usual)
+        if self.interrupted:
+            sys.exit(self._farewell(step + 1))
 
     def show(self, **figures):
         """Figures of a step, for the progress bar and the history."""
+        figures = {name: float(torch.as_tensor(value).detach()) for name, value in figures.items()}
         for name, value in figures.items():
-            self.history.setdefault(name, []).append(float(value))
+            self.history.setdefault(name, []).append(value)
         if tqdm:
-            self.bar.set_postfix(
-                {name: f"{float(value):.4g}" for name, value in figures.items()}, refresh=False
-            )
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
 
     @property
     def checkpoint(self) -> Path:
         return self.args.out.with_suffix(".pt")
 
-    def _load(self, path: Path):
+    def _interrupt(self, *_):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def _go_on_from(self, saved):
+        path = self.args.resume
+        if saved["steps"] != self.steps:
+            sys.exit(
+                f"{_program()}: {path} is of {saved['steps']} steps of {self.name}, this run has {self.steps}"
+            )
         try:
-            saved = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            sys.exit(f"{_program()}: {path} is no checkpoint: {error}")
-        if self.name not in saved:
-            return  # it was interrupted in a training before this one
-        saved = saved[self.name]
-        for name, part in self.parts.items():
-            part.load_state_dict(saved["parts"][name])
+            for name, part in self.parts.items():
+                part.load_state_dict(saved["parts"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            sys.exit(
+                f"{_program()}: {path} does not fit {self.name}, was it made by another version? {error}"
+            )
         self.first, self.history, self.seconds = saved["step"], saved["history"], saved["seconds"]
-        torch.set_rng_state(saved["random"])
+        self.random = saved["random"]
 
     def _save(self, step: int):
-        others = {}
-        if self.checkpoint.exists():
-            others = torch.load(self.checkpoint, weights_only=True)
-        mine = {
+        """This training, and those before it in this run; never those of another run in the same place."""
+        self.args.trained[self.name] = {
             "step": step,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "steps": self.steps,
+            "parts": {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()},
             "history": self.history,
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
         }
-        torch.save(others | {self.name: mine}, self.checkpoint)
+        written = self.checkpoint.with_suffix(".pt.part")
+        torch.save({"made by": _made_by(self.args), "trained": self.args.trained}, written)
+        written.replace(self.checkpoint)
 
-    def _saved(self, step: int) -> str:
-        self._save(step)
-        words = [a for a in sys.argv if a != "--resume" and a != str(self.args.resume)]
-        command = shlex.join([Path(sys.executable).name, *words, "--resume", str(self.checkpoint)])
-        return f"\n{_program()}: interrupted at step {step} of {self.steps} ({self.name}). Go on with\n  {command}"
+    def _farewell(self, step: int) -> str:
+        name = Path(sys.executable).name
+        python = name if shutil.which(name) == sys.executable else sys.executable
+        words = shlex.join([python, *_without_resume(sys.argv), "--resume", str(self.checkpoint)])
+        return f"\n{_program()}: interrupted after step {step} of {self.steps} ({self.name}). Go on with\n  {words}"
+
+
+def _made_by(args) -> dict[str, str]:
+    """The program and its arguments, without those that may differ when it goes on."""
+    given = {k: str(v) for k, v in vars(args).items() if k not in ("out", "resume", "trained")}
+    return {"program": _program()} | given
+
+
+def _checkpoint(args) -> dict:
+    """The trainings in the file ``args.resume``, by name."""
+    try:
+        saved = torch.load(args.resume, weights_only=True)
+    except OSError as error:
+        sys.exit(f"{_program()}: {args.resume}: {error.strerror}")
+    except Exception as error:  # whatever torch and pickle make of bytes that are not theirs
+        sys.exit(f"{_program()}: {args.resume} is no checkpoint: {f'{error}.'.splitlines()[0]}")
+    if not isinstance(saved, dict) or set(saved) != {"made by", "trained"}:
+        sys.exit(f"{_program()}: {args.resume} is no checkpoint of an example")
+    then, now = saved["made by"], _made_by(args)
+    for name in then | now:
+        if then.get(name) != now.get(name):
+            sys.exit(
+                f"{_program()}: {args.resume} was made with {name}={then.get(name)}, and this run has "
+                f"{name}={now.get(name)}: give the same"
+            )
+    return saved["trained"]
+
+
+def _without_resume(words: list[str]) -> list[str]:
+    rest, left = iter(words), []
+    for word in rest:
+        if word == "--resume":
+            next(rest)
+        elif not word.startswith("--resume="):
+            left.append(word)
+    return left
 
 
 def table(headings: list[str], rows: list[list]):
@@ -167,7 +230,7 @@ def _program() -> str:
     return Path(sys.argv[0]).name
 
 
-INK = "#2b2b33"
+INK, PALE, COLOURS = "#2b2b33", "#d3d7e0", ("#1f6fb4", "#d1495b", "#3a9172", "#e0a030")
 STYLE = {
     "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.color": INK,

@@ -267,6 +267,18 @@ def test_without_gradients_steps_are_given_back_at_once(net, given_back):
     assert len(given_back) == 3
 
 
+def test_a_field_counts_what_its_programs_evaluate():
+    field = flashode.compile(oscillator)
+    assert field.evaluations is None
+    with torch.no_grad():
+        for t in (T, T, 2 * T, T):  # the second time as before, the last by the program that there is
+            odeint(field, starts(), t)
+            assert field.evaluations == solve(oscillator, starts(), t, engine="reference").stats.nfe
+    ys = odeint_adjoint(field, starts().requires_grad_(), T, adjoint_params=())
+    assert field.evaluations == solve(oscillator, starts(), T, engine="reference").stats.nfe
+    ys.sum().backward()
+
+
 def test_a_call_like_the_one_before_is_still_looked_at(net):
     y0, call = starts(), dict(rtol=1e-6, atol=1e-8, options={"max_num_steps": 50})
     first, second = (odeint(net, y0, T, **call) for _ in range(2))

@@ -39,7 +39,13 @@ LAYERS = [
     ["program/__init__"],
     ["engines/on_device"],
     ["engines/reference", "engines/native"],
-    ["engines/reference_sweep", "engines/traced", "engines/adams", "engines/scipy_solver"],
+    [
+        "engines/reference_sweep",
+        "engines/traced",
+        "engines/adams",
+        "engines/leapfrog",
+        "engines/scipy_solver",
+    ],
     ["engines/reference_batched", "engines/native_batched", "engines/compiled"],
     ["engines/__init__"],
     ["adjoint/spec", "adjoint/schedule", "adjoint/once", "adjoint/apart"],
@@ -108,7 +114,8 @@ def imports(path):
                 yield f"{joined}/__init__"
             else:
                 found = ("/".join([*base, alias.name]) for alias in node.names)
-                places = ((f"{name}/__init__", name, "__init__") for name in found)  # the last: a public name
+                public = "/".join([*base, "__init__"])  # has what is no module
+                places = ((f"{name}/__init__", name, public) for name in found)
                 yield from (next(place for place in each if place in LEVEL) for each in places)
 
 
@@ -207,7 +214,9 @@ def test_examples_and_benchmarks_use_public_names_only():
     for path in sources("examples/*.py", "bench/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashode"):
-                assert node.module in ("flashode", "flashode.nn", "flashode.datasets"), f"{path.name} imports {node.module}"
+                assert node.module in ("flashode", "flashode.nn", "flashode.datasets"), (
+                    f"{path.name} imports {node.module}"
+                )
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     assert not alias.name.startswith("flashode."), f"{path.name} imports {alias.name}"

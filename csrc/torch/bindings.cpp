@@ -92,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("own"), py::arg("differentiable"), py::arg("own_clocks"), py::arg("steps_on_times"),
            py::arg("memory"))
       .def("solve", &ProgramSolve::solve, py::arg("y0"), py::arg("inputs"), py::arg("t"), py::arg("grid"))
-      .def("again", &ProgramSolve::again, py::arg("y0"), py::arg("inputs"));
+      .def("again", &ProgramSolve::again, py::arg("y0"), py::arg("inputs"))
+      .def_property_readonly("nfe", &ProgramSolve::nfe);
   m.def("sweep", &flashode::sweep, py::arg("augmented"), py::arg("table"), py::arg("interpolant"));
 }

@@ -74,6 +74,10 @@ struct Solved : torch::CustomClassHolder {
   explicit Solved(std::shared_ptr<const ProgramSolve> solve) : of(std::move(solve)), call(of->call_) {}
   ~Solved() override { release(); }
 
+  bool has_succeeded() const {
+    return each_whole.defined() ? !each_whole.select(0, 0).any().item<bool>() : whole[0] == 0;
+  }
+
   // Gives back the recorded steps.
   void release() {
     if (call.recording) reinterpret_cast<void (*)(void*)>(of->parts_.release)(call.recording);
@@ -165,6 +169,7 @@ c10::intrusive_ptr<Solved> ProgramSolve::run(const at::Tensor& y0, const std::ve
   call.threads = at::get_num_threads();
   call.records = parts_.reverse != nullptr;
   (*parts_.solve)(call);
+  nfe_ = call.nfe;
   return solved;
 }
 
@@ -317,9 +322,7 @@ py::object ProgramSolve::again(py::handle y0, const std::vector<at::Tensor>& inp
   const at::Tensor values = plain(start);
   if (!(dtype_ == at::kFloat ? are_finite<float>(values) : are_finite<double>(values))) return py::none();
   const auto solved = run(start, inputs);
-  const bool succeeded = parts_.own_clocks ? !solved->each_whole.select(0, 0).any().item<bool>()
-                                           : solved->whole[0] == 0;
-  if (!succeeded) return py::none();
+  if (!solved->has_succeeded()) return py::none();
   return wrap(parts_.reverse ? recorded(solved, parts_.differentiable, start, inputs, {}, {}) : solved->ys);
 }
 

@@ -56,6 +56,9 @@ class ProgramSolve : public std::enable_shared_from_this<ProgramSolve> {
   // not like that of the problem or not finite, where modes of torch are not what they were, and where the solve fails.
   pybind11::object again(pybind11::handle y0, const std::vector<at::Tensor>& inputs) const;
 
+  // Slopes that the last solve evaluated.
+  int64_t nfe() const { return nfe_; }
+
   void pull_back(Solved& solved, const at::Tensor& grad_ys, at::Tensor& adj_y0, std::vector<at::Tensor>& adj_inputs,
                  at::Tensor& adj_t, at::Tensor& adj_grid) const;
 
@@ -71,6 +74,7 @@ class ProgramSolve : public std::enable_shared_from_this<ProgramSolve> {
   const at::ScalarType dtype_;
   const bool requires_grad_, grad_mode_;
   const c10::impl::LocalDispatchKeySet modes_;
+  mutable std::atomic<int64_t> nfe_ = 0;
 };
 
 }  // namespace flashode

@@ -79,6 +79,17 @@ def flat_state(y0):
     return flat, tuple(m.shape for m in y0), tuple(m.dtype for m in y0)
 
 
+def require_pair(shapes, method: Method):
+    """Refuses a state that is not positions and momenta."""
+    if shapes is not None and len(shapes) == 2 and shapes[0] == shapes[1]:
+        return
+    given = "one Tensor" if shapes is None else f"a tuple of shapes {[tuple(shape) for shape in shapes]}"
+    raise ArgumentError(
+        f"method={method.name!r} needs a state (q, p), a tuple of two Tensors of the same shape: positions and momenta or "
+        f"velocities, with func(t, (q, p)) -> (dq/dt, dp/dt); y0 is {given}"
+    )
+
+
 def _state_member(y, name):
     if y.device.type == "meta":
         raise NotImplementedError(f"{name} is on the meta device; a solve needs real data")

@@ -90,6 +90,14 @@ def hermite(tableau: Tableau) -> Dense:
     return _dense(columns, 3, extra_c=extra_c, extra_a=extra_a)
 
 
+# Where a step is no Runge-Kutta step, its outputs see it as two slopes: f0, and the mean slope (y1 - y0) / dt.
+# Between its ends lies the chord, or the cubic through y0 f0 y1 f1, where f1 is evaluated for it.
+CHORD = Dense(weights=(row(0), row(1)), order=1)
+CUBIC = Dense(
+    weights=(row(1, -2, 1), row(0, 3, -2), row(0, -1, 1)), extra_c=row(1), extra_a=(row(0, 1),), order=3
+)  # fmt: skip
+
+
 def quartic(tableau: Tableau, b_mid: Row) -> Dense:
     """The quartic through ``y0 f0 y1 f1`` and the midpoint ``y0 + dt * sum_j b_mid_j k_j``
     (Shampine, *Some practical Runge-Kutta formulas*, Math. Comp. 46, 1986)."""

@@ -234,6 +234,8 @@ class Problem:
         arguments.require_tuple(args)
         y0, shapes, dtypes = arguments.flat_state(y0)
         chosen = arguments.method_named(method)
+        if chosen.family == "symplectic":
+            arguments.require_pair(shapes, chosen)
         options = choices.known_options(options, chosen)
         times, direction = arguments.forward_times(t, "t")
         events = events_of(event_fn)

@@ -21,7 +21,8 @@ def methods_table() -> str:
                 f"`{m.name}`" + (" (default)" if m.name == "dopri5" else ""),
                 "SciPy's" if m.family == "scipy" else str(m.order),
                 ("adaptive" if m.adaptive else "fixed")
-                + (", implicit" if m.family == "implicit" or m.corrects else ""),
+                + (", implicit" if m.family == "implicit" or m.corrects else "")
+                + (", of pairs (q, p)" if m.family == "symplectic" else ""),
                 _calls(m),
                 _between(m),
                 m.source,
@@ -37,6 +38,8 @@ def _calls(method: Method) -> str:
         return "SciPy's"
     if method.family == "adams":
         return "1" + (", and 1 a correction" if method.corrects else "") + "; 4 in the first steps"
+    if method.family == "symplectic":
+        return "2; 3 in the first step"
     stages, extra = method.tableau.stages, len(method.dense.extra_c)
     if method.family == "implicit":
         solved = stages - method.tableau.begins_with_f0

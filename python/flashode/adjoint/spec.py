@@ -106,6 +106,11 @@ def make_spec(
     backward_method = arguments.method_named(
         method if adjoint_method is None else adjoint_method, "adjoint_method"
     )
+    if mode == "backsolve" and backward_method.family == "symplectic":
+        raise ArgumentError(
+            f"adjoint='backsolve' solves for the state and its adjoint together, which are no pair (q, p) for "
+            f"method={backward_method.name!r}: use adjoint='checkpoint', which is exact, or give adjoint_method"
+        )
     if mode == "interpolated" and backward_method.family != "explicit":
         raise ArgumentError(
             f"adjoint='interpolated' solves backwards by an explicit method, not by {backward_method.name!r}: give "

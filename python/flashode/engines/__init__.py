@@ -13,8 +13,9 @@ from ..batched import BatchOutcome, BatchProblem
 from ..errors import ArgumentError
 from ..problem import Problem
 from ..program import CompiledField
-from . import adams as adams  # its steps join those of reference
+from . import adams as adams  # their steps join those of reference
 from . import compiled, native, native_batched, reference, reference_batched, reference_sweep, scipy_solver
+from . import leapfrog as leapfrog
 
 ENGINES = {"native": native, "reference": reference, "scipy": scipy_solver, "compiled": compiled}
 BATCH_ENGINES = {"native": native_batched, "reference": reference_batched, "compiled": compiled}

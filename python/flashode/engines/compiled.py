@@ -72,6 +72,7 @@ def solve(problem: Problem, recording=None, params=None) -> Outcome:
     if not program.checked:
         check(problem, program, inputs)
     outcome = _solved(problem, program, inputs, captured, params)
+    vars(problem.func)["evaluations"] = outcome.nfe
     if not isinstance(problem, BatchProblem) and not outcome.status.ok:
         find_culprit(problem, outcome)
     return outcome

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..interp import Dense, hermite, linear, quadratic, quartic
+from ..interp import CHORD, CUBIC, Dense, hermite, linear, quadratic, quartic
 from ..tableau import Tableau
-from . import adams
 from . import explicit as e
 from . import implicit as i
 from .options import OPTIONS
@@ -22,7 +21,8 @@ class Method:
     calls of ``func`` must be counted as torchdiffeq counts them. ``family`` says what takes a step:
     ``"explicit"`` Runge-Kutta methods evaluate their stages one after the other, ``"implicit"`` ones solve
     equations for them; ``"adams"`` methods use the slopes of the steps before, and their table is that of
-    the first steps; ``"scipy"`` has steps, order and dense output of SciPy's. ``corrects`` tells the
+    the first steps; ``"symplectic"`` methods move the two members of a state in turn, and their table is that
+    of the second's slopes; ``"scipy"`` has steps, order and dense output of SciPy's. ``corrects`` tells the
     implicit Adams methods, which solve for the slope at the step's end.
     """
 
@@ -42,7 +42,7 @@ class Method:
     @cached_property
     def cubic(self) -> Dense:
         """What ``interp="cubic"`` asks for."""
-        return adams.CUBIC if self.family == "adams" else hermite(self.tableau)
+        return CUBIC if self.family in ("adams", "symplectic") else hermite(self.tableau)
 
     @cached_property
     def options(self) -> list[str]:
@@ -65,9 +65,10 @@ _TABLE = [
     Method("rk4", 4, e.RK38, linear(e.RK38), source="Kutta's 3/8 rule, 1901"),
     Method("fehlberg4", 4, e.FEHLBERG4, linear(e.FEHLBERG4), source="Fehlberg 1969"),
     Method("fehlberg5", 5, e.FEHLBERG5, linear(e.FEHLBERG5), source="Fehlberg 1969"),
-    Method("explicit_adams", 4, e.RK38, adams.LINEAR, source="Adams, Bashforth 1883", family="adams"),
-    Method("implicit_adams", 5, e.RK38, adams.LINEAR, source="Adams; Moulton 1926", family="adams", corrects=True),
-    Method("fixed_adams", 5, e.RK38, adams.LINEAR, source="implicit_adams", family="adams", corrects=True),
+    Method("explicit_adams", 4, e.RK38, CHORD, source="Adams, Bashforth 1883", family="adams"),
+    Method("implicit_adams", 5, e.RK38, CHORD, source="Adams; Moulton 1926", family="adams", corrects=True),
+    Method("fixed_adams", 5, e.RK38, CHORD, source="implicit_adams", family="adams", corrects=True),
+    Method("leapfrog", 2, e.HEUN2, CHORD, source="Störmer 1907, Verlet 1967", family="symplectic"),
     Method("adaptive_heun", 2, e.ADAPTIVE_HEUN, quadratic(e.ADAPTIVE_HEUN), source="Heun 1900"),
     Method("fehlberg2", 2, e.FEHLBERG2, quadratic(e.FEHLBERG2), source="Fehlberg 1969"),
     Method("bosh3", 3, e.BOSH3, hermite(e.BOSH3), source="Bogacki, Shampine 1989"),

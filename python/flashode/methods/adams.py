@@ -7,21 +7,11 @@ import functools
 import numpy as np
 import torch
 
-from ..interp import Dense
-from ..tableau import row
-
 MAX_ORDER = 12
 
 # Fewer past slopes than these, the present one among them, and a step is one of rk4.
 # parity: torchdiffeq starts so, and `max_order` below 4 never gets beyond it.
 LEAST_SLOPES = 3
-
-# A step is seen by its outputs as two slopes: f0, and the mean slope (y1 - y0) / dt. Between its ends
-# lies the chord, or the cubic through y0 f0 y1 f1, where f1 is evaluated for it.
-LINEAR = Dense(weights=(row(0), row(1)), order=1)
-CUBIC = Dense(
-    weights=(row(1, -2, 1), row(0, 3, -2), row(0, -1, 1)), extra_c=row(1), extra_a=(row(0, 1),), order=3
-)  # fmt: skip
 
 # Gauss-Legendre points and weights on [0, 1]: six integrate the polynomials through twelve nodes exactly.
 _GAUSS = np.polynomial.legendre.leggauss(MAX_ORDER // 2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import ArgumentError, ArgumentTypeError, CompiledField, odeint, odeint_adjoint, solve
+from .. import ArgumentError, ArgumentTypeError, CompiledField, odeint, odeint_adjoint
 
 _ADJOINTS = (None, "backsolve", "checkpoint", "interpolated")
 
@@ -33,8 +33,8 @@ class ODEBlock(nn.Module):
 
     Attributes:
         t: the times, float64 on the CPU, shape (T,); learned ones have a gradient.
-        nfe_forward: calls of the field in the last solve; None before the first. Of a compiled field, what its
-            program did in their place, and None with an ``adjoint``.
+        nfe_forward: calls of the field in the last solve; None before the first. Of a compiled field, the slopes that
+            its program evaluated in their place.
         nfe_backward: calls of the field in the backward passes of that solve so far: 0 with direct gradients, which
             go back through the graph of the calls made. None for compiled fields, whose programs do not count them.
 
@@ -113,12 +113,12 @@ class ODEBlock(nn.Module):
     def _solved(self, y, t):
         solver = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": self.options}
         if isinstance(self.field, CompiledField):
-            if self.adjoint is not None:
-                self._calls = _Calls(None, None)
-                return odeint_adjoint(self.field, y, t, adjoint=self.adjoint, **solver)
-            solution = solve(self.field, y, t, **solver)
-            self._calls = _Calls(None, solution.stats.nfe)
-            return solution.ys
+            if self.adjoint is None:
+                path = odeint(self.field, y, t, **solver)
+            else:
+                path = odeint_adjoint(self.field, y, t, adjoint=self.adjoint, **solver)
+            self._calls = _Calls(None, self.field.evaluations)
+            return path
         field, calls = self.field, _Calls(0, 0)
 
         def counted(t, y):

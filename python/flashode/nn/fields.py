@@ -114,6 +114,7 @@ class MLPField(nn.Module):
         super().__init__()
         if time not in _LINEAR:
             raise ArgumentError(f"time must be 'concat', 'squash' or None, got {time!r}")
+        self.dim = dim
         widths = (dim, *hidden, dim)
         self.layers = nn.ModuleList(_LINEAR[time](m, n) for m, n in zip(widths, widths[1:]))
         self.activation = _activation(activation)

@@ -79,6 +79,8 @@ class CompiledField(nn.Module):
 
     Attributes:
         func: what was compiled.
+        evaluations: slopes that the program of the last solve evaluated, in place of calls of func; of a batch with
+            steps of its own for every sample, the rounds in which any was. None before the first solve.
     """
 
     def __init__(self, func):
@@ -92,6 +94,7 @@ class CompiledField(nn.Module):
         own["__wrapped__"] = func
         own["_programs"]: dict[tuple, list[tuple[Program, Captured]]] = {}
         own["_before"]: _Before | None = None
+        own["evaluations"] = None
         own["_lock"] = threading.RLock()
         own["func"] = func  # not as a submodule, which would put its name before those of parameters
 
@@ -152,7 +155,11 @@ class CompiledField(nn.Module):
         if before is None or before.ready is None or type(args) is not tuple or transforms.active():
             return None
         tensors = before.captured.current(args)
-        return None if tensors is None else before.ready.again(y0, tensors)
+        if tensors is None:
+            return None
+        ys = before.ready.again(y0, tensors)
+        vars(self)["evaluations"] = before.ready.nfe
+        return ys
 
     def remember(self, problem, captured, ready):
         """Keeps how a program solved a problem, for `again`: where the tensors are that it reads, and a

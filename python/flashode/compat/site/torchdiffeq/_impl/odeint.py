@@ -33,7 +33,9 @@ _CLASSES = {
     "scipy_solver": ScipyWrapperODESolver,
 }
 SOLVERS = {name: solver for name, solver in _CLASSES.items() if name in METHODS}
-SOLVERS |= {name: type(name, (_WholeSolver,), {"method": name}) for name in METHODS if name not in SOLVERS}
+# Programs go through the table with states of their own: what takes pairs alone is left out.
+_OTHERS = [name for name, m in METHODS.items() if name not in SOLVERS and m.family != "symplectic"]
+SOLVERS |= {name: type(name, (_WholeSolver,), {"method": name}) for name in _OTHERS}
 
 # What a program may replace in a class of ours, to change or to watch its solves.
 _HOOKS = ("__init__", "integrate", "integrate_until_event", "_before_integrate", "_step_func", "_adaptive_step",

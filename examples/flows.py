@@ -1,0 +1,272 @@
+"""Continuous normalizing flows learn four densities of the plane: circles, moons, Gaussians and a picture.
+
+Problem. Samples of a density are given, and the density is wanted: a field whose flow carries a standard normal at
+t = 0 to the data at t = 1,
+
+    dz/dt = f(t, z),    d log p / dt = -trace(df/dz),    f(t, z) = sum_i sigma_i(t) w_i(t) tanh(u_i(t) . z + b_i(t)),
+
+all of whose parameters a hypernetwork gives for the time (`flashode.nn.GatedSum`; Chen et al. 2018, Neural ordinary
+differential equations, section 4). It is trained by the likelihood of the samples: solved from t = 1 back to t = 0,
+with Fehlberg's method.
+
+Right answer. All four densities are known, and so is the least negative log-likelihood (NLL) that any model can have
+on new points: that of the true density on them. What a flow's exceeds it by is its Kullback-Leibler divergence
+from the truth, in nats. (FFJORD's paper gives no figures for data of the plane, only pictures.) Samples must
+find every mode: both circles, all eight Gaussians.
+
+Cost. The same training step by the same field is timed three times: compiled, called from Python by flashode, and with
+torchdiffeq's odeint_adjoint, if that is installed; with dopri5, which all of them have.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+import flashode
+from flashode import datasets
+from flashode.nn import CNF, GatedSum
+from pictures import save_picture
+from training import Training, parser, prepare, table
+
+try:
+    import torchdiffeq
+except ImportError:
+    torchdiffeq = None
+
+UNITS, BATCH, STEPS = 64, 512, 1000
+SOLVER = {"method": "fehlberg45", "rtol": 1e-3, "atol": 1e-3}
+TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the pictures
+HALF = 2.6  # of the width of a picture
+NOISE = {"circles": 0.1, "moons": 0.1, "eight_gaussians": 0.2}
+
+
+# ---- data, and the densities that they are drawn from ---------------------------------------------
+
+
+def circles_log_prob(x, n=200):
+    """Two circles of radius 1 and 2, as likely as each other, blurred: a sum over points of them."""
+    angle = torch.arange(n) * (2 * math.pi / n)
+    ring = torch.stack([angle.cos(), angle.sin()], -1)
+    return blurred_log_prob(x, torch.cat([ring, 2 * ring]), NOISE["circles"])
+
+
+def moons_log_prob(x, n=200):
+    angle = (torch.arange(n) + 0.5) * (math.pi / n)
+    upper = torch.stack([angle.cos(), angle.sin()], -1)
+    return blurred_log_prob(x, torch.cat([upper, torch.tensor([1.0, 0.5]) - upper]), NOISE["moons"])
+
+
+def eight_gaussians_log_prob(x):
+    angle = torch.arange(8) * (math.pi / 4)
+    return blurred_log_prob(x, 2 * torch.stack([angle.cos(), angle.sin()], -1), NOISE["eight_gaussians"])
+
+
+def blurred_log_prob(x, centres, noise):
+    """Of equal Gaussians around centres."""
+    squared = torch.cdist(x, centres).square() / noise**2
+    return torch.logsumexp(-squared / 2, 1) - math.log(len(centres) * 2 * math.pi * noise**2)
+
+
+def drawn_image(size=64) -> torch.Tensor:
+    """A grey image of a spiral that gets darker outwards around a dark disc: brightness from 0 to 1."""
+    y, x = torch.meshgrid(*[torch.linspace(1, -1, size), torch.linspace(-1, 1, size)], indexing="ij")
+    radius, angle = torch.hypot(x, y), torch.atan2(y, x)
+    arm = torch.cos(2 * (angle - 3.2 * radius)).clamp(min=0) ** 2
+    dark = torch.where(radius < 0.2, 0.9, torch.where(radius > 0.32, arm * radius, 0.0))
+    return 1 - torch.where(radius < 0.95, dark, 0.0)
+
+
+def image_log_prob(x, image):
+    """Even inside of a pixel, in proportion to its darkness."""
+    size = len(image)
+    weight = (1 - image.double()) / (1 - image.double()).sum() * (size / 4) ** 2
+    column, row = ((x[:, 0] + 2) * size / 4).long(), ((2 - x[:, 1]) * size / 4).long()
+    return weight[row.clamp(0, size - 1), column.clamp(0, size - 1)].log().float()
+
+
+def problems():
+    """By name: a function that draws points, and the log-density of them."""
+    image = drawn_image()
+    return {
+        "circles": (lambda n: datasets.circles(n, noise=NOISE["circles"])[0], circles_log_prob),
+        "moons": (lambda n: datasets.moons(n, noise=NOISE["moons"])[0], moons_log_prob),
+        "eight_gaussians": (
+            lambda n: datasets.eight_gaussians(n, noise=NOISE["eight_gaussians"]), eight_gaussians_log_prob,
+        ),
+        "image": (lambda n: datasets.image_points(image, n), lambda x: image_log_prob(x, image)),
+    }  # fmt: skip
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fit:
+    """What became of one density."""
+
+    name: str
+    flow: CNF
+    points: torch.Tensor  # new ones, which it was not trained on
+    samples: torch.Tensor
+    nll: float
+    least: float
+    ms: float  # a step of training
+    history: dict = field(repr=False)
+
+    @property
+    def calls(self) -> int:
+        """Of the field, by one solve from base to data."""
+        with torch.no_grad():
+            z, t = self.flow.base.sample((BATCH,)), torch.tensor([0.0, 1.0])
+            return flashode.solve(self.flow.field, z, t, **SOLVER).stats.nfe
+
+    @property
+    def round_trip(self) -> float:
+        """Largest distance of points to where the flow takes them by way of the base, in float64 and at 1e-8."""
+        flow = CNF(copy.deepcopy(self.flow.field.func), method="dopri8", rtol=1e-8, atol=1e-8).double()
+        points = self.points[:500].double()
+        with torch.no_grad():
+            return (flow(flow.inverse(points)) - points).abs().max().item()
+
+
+def fit(args, name, draw, log_prob, steps):
+    torch.manual_seed(args.seed)
+    points = draw(4000)
+    flow = CNF(flashode.compile(GatedSum(2, UNITS)), **SOLVER)
+    adam = torch.optim.Adam(flow.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-2, steps, pct_start=0.1)
+    training = Training(args, name, steps, flow=flow, adam=adam, schedule=schedule)
+    for _ in training:
+        adam.zero_grad()
+        loss = -flow.log_prob(draw(BATCH)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
+        adam.step()
+        schedule.step()
+        training.show(nll=loss.item())
+    fine = CNF(flow.field, method="fehlberg45", rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        nll, samples = -fine.log_prob(points).mean().item(), fine.sample(4000)
+    least = -log_prob(points).mean().item()
+    ms = 1e3 * training.seconds / steps
+    return Fit(name, fine, points, samples, nll, least, ms, training.history)
+
+
+def shares_of_circles(samples) -> tuple[float, float]:
+    """Part of the samples within three standard deviations of either circle."""
+    radius = samples.norm(dim=1)
+    return tuple(((radius - r).abs() < 3 * NOISE["circles"]).float().mean().item() for r in (1, 2))
+
+
+def shares_of_gaussians(samples) -> torch.Tensor:
+    """Part of the samples within three standard deviations of each of the eight."""
+    angle = torch.arange(8) * (math.pi / 4)
+    centres = 2 * torch.stack([angle.cos(), angle.sin()], -1)
+    return (torch.cdist(samples, centres) < 3 * NOISE["eight_gaussians"]).float().mean(0)
+
+
+# ---- cost --------------------------------------------------------------------------------------------
+
+
+def compare(flow, points, turns):
+    """Name, milliseconds of processor time, and times the first, of a training step with the field as it is now."""
+    field, tolerances = flow.field.func, {"rtol": 1e-3, "atol": 1e-3}
+    ours = CNF(flow.field, **tolerances)
+    called = CNF(field, **tolerances)
+    steps = {"compiled": lambda: ours.log_prob(points), "called from Python": lambda: called.log_prob(points)}
+    if torchdiffeq:
+        steps["torchdiffeq"] = lambda: torchdiffeq_log_prob(field, flow.base, points, tolerances)
+    seconds = {name: [] for name in steps}
+    for turn in range(turns + 1):  # the first is not counted: programs are made
+        for name, log_prob in steps.items():
+            field.zero_grad()
+            began = time.process_time()
+            (-log_prob().mean()).backward()
+            seconds[name] += [time.process_time() - began] if turn else []
+    first = seconds["compiled"]
+    for name, each in seconds.items():
+        yield name, 1e3 * statistics.median(each), statistics.median(b / a for a, b in zip(first, each))
+
+
+class WithLogDensity(torch.nn.Module):
+    """The field of a flow as torchdiffeq is given it."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, t, state):
+        slope, divergence = self.field.slope_and_divergence(t, state[0])
+        return slope, -divergence
+
+
+def torchdiffeq_log_prob(field, base, x, tolerances):
+    state, t = (x, torch.zeros(len(x))), torch.tensor([1.0, 0.0])
+    z, fallen = torchdiffeq.odeint_adjoint(WithLogDensity(field), state, t, method="dopri5", **tolerances)
+    return base.log_prob(z[-1]) - fallen[-1]
+
+
+# ---- picture ----------------------------------------------------------------------------------------
+
+
+def draw(figure, fits):
+    """A row for every density: data, the density of the flow at five times, and samples."""
+    columns = 2 + len(TIMES)
+    axes = figure.subplots(len(fits), columns, squeeze=False)
+    side = torch.linspace(-HALF, HALF, 100)
+    grid = torch.cartesian_prod(side, side)
+    for row, fit in zip(axes, fits):
+        panels = [histogram(fit.points)]
+        with torch.no_grad():
+            panels += [fit.flow.log_prob(grid, t).exp().view(100, 100) for t in TIMES]
+        panels.append(histogram(fit.samples))
+        top = panels[-2].flatten().quantile(0.998)
+        for place, (ax, panel) in enumerate(zip(row, panels)):
+            high = top if 0 < place < columns - 1 else panel.flatten().quantile(0.998)
+            ax.imshow(panel.T, origin="lower", cmap="magma", vmin=0, vmax=max(high.item(), 1e-9))
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        row[0].set_ylabel(fit.name.replace("_", " "))
+    for ax, title in zip(axes[0], ["data", *(f"density, t = {t:g}" for t in TIMES), "samples"]):
+        ax.set_title(title, fontsize=9, loc="center")
+
+
+def histogram(points) -> torch.Tensor:
+    inside = points[points.abs().amax(1) < HALF]
+    place = ((inside + HALF) / (2 * HALF) * 65).long()
+    return (65 * place[:, 0] + place[:, 1]).bincount(minlength=65 * 65).view(65, 65).float()
+
+
+# ---- command line ---------------------------------------------------------------------------------
+
+
+def main():
+    args = parser(__doc__, "flows.png").parse_args()
+    prepare(args)
+    torch.set_num_threads(1)  # tensors this small only lose by being shared out
+    steps = 12 if args.quick else STEPS
+    fits = [fit(args, name, *functions, steps) for name, functions in problems().items()]
+    rows = [[f.name, f.nll, f.least, f.nll - f.least, f.calls, f.round_trip, f.ms] for f in fits]
+    table(["density", "NLL", "least NLL", "KL to truth", "calls", "round trip", "ms a step"], rows)
+    inner, outer = shares_of_circles(fits[0].samples)
+    print(f"\ncircles: {inner:.1%} of the samples are on the inner one, {outer:.1%} on the outer one")
+    shares = shares_of_gaussians(fits[2].samples)
+    print(
+        f"eight Gaussians: {shares.sum():.1%} of the samples are in one, {shares.min():.1%} in the rarest\n"
+    )
+    table(
+        ["a training step on circles", "ms", "times compiled"],
+        [list(row) for row in compare(fits[0].flow, fits[0].points[:BATCH], 3 if args.quick else 15)],
+    )
+    size = (1.55 * (2 + len(TIMES)), 1.62 * len(fits))
+    save_picture(args, lambda figure: draw(figure, fits), size)
+
+
+if __name__ == "__main__":
+    main()

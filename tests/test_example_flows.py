@@ -1,0 +1,73 @@
+"""The examples of flows as a user runs them, briefly; and the true densities that they are measured by."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(folder, name):
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--quick"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    read = pytest.importorskip("matplotlib.image").imread
+    assert read(folder / "out" / f"{name}.png").shape[1] > 500
+    return done.stdout
+
+
+def test_flows_learn_four_densities(tmp_path):
+    text = run(tmp_path, "flows")
+    for name in ("circles", "moons", "eight_gaussians", "image"):
+        nll, least, distance, calls, round_trip, _ = map(
+            float, re.search(rf"^{name} +(.*)$", text, re.M)[1].split()
+        )
+        assert least < nll < 4 and abs(nll - least - distance) < 0.01
+        assert calls >= 14 and round_trip < 1e-3
+    times = dict(re.findall(r"^(compiled|called from Python|torchdiffeq) +[\d.]+ +([\d.]+)$", text, re.M))
+    assert float(times["compiled"]) == 1 and float(times["called from Python"]) > 1
+
+
+def test_flow_matching_is_sampled_alike_by_all(tmp_path):
+    text = run(tmp_path, "flow_matching")
+    rows = re.findall(
+        r"^(dopri5|midpoint) +(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +(\S+) +(\S+)$", text, re.M
+    )
+    assert {(solver, by) for solver, by, *_ in rows} >= {
+        (solver, by) for solver in ("dopri5", "midpoint") for by in ("compiled", "called from Python")
+    }
+    for _, _, calls, _, near, _, distance, off in rows:
+        assert int(calls) >= 20 and float(near) > 40 and float(distance) < 0.1 and float(off) < 0.1
+
+
+@pytest.fixture(scope="module")
+def flows():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return runpy.run_path(str(EXAMPLES / "flows.py"))
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.mark.parametrize("name", ["circles", "moons", "eight_gaussians", "image"])
+def test_true_densities_are_those_of_the_data(flows, name):
+    draw, log_prob = flows["problems"]()[name]
+    side = torch.linspace(-3, 3, 481)[:-1] + 0.00625
+    cells = torch.cartesian_prod(side, side)
+    density = log_prob(cells).exp() * 0.0125**2
+    assert abs(density.sum() - 1) < 5e-3
+    points = draw(20_000)
+    for statistic in (
+        lambda x: x[:, 0],
+        lambda x: x[:, 1],
+        lambda x: x.square().sum(1),
+        lambda x: x.abs().prod(1),
+    ):
+        drawn = statistic(points)
+        expected = (density * statistic(cells)).sum()
+        assert abs(drawn.mean() - expected) < 5 * drawn.std() / len(points) ** 0.5 + 0.01
