@@ -142,7 +142,9 @@ def main():
         flip_histories[name] = train(args, f"A1, {name}", flow, flow, flip_points, flipped, 5 * epochs, 0.02)
         model = classifiers[name] = classifier(name)
         targets = 2.0 * labels - 1
-        history = histories[name] = train(args, f"A2, {name}", model, model[0], points, targets, epochs, 0.003)
+        history = histories[name] = train(
+            args, f"A2, {name}", model, model[0], points, targets, epochs, 0.003
+        )
         with torch.no_grad():
             right = 100 * ((model(test_points) > 0) == test_labels).float().mean().item()
         losses, calls = (flip_histories[name]["loss"][-1], history["loss"][-1]), history["nfe"]
