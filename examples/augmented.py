@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
-from training import Training, parser, prepare, pyplot, save, table
 
 import flashode
 from flashode.datasets import annulus, flip_1d
 from flashode.nn import MLPField, ODEBlock
+from training import Training, parser, prepare, pyplot, save, table
 
 POINTS, BATCH, HIDDEN, BLOCKS = 4096, 128, (32, 32), 5
 MODELS = ("ODE", "ANODE", "ResNet")
