@@ -192,8 +192,8 @@ def _backwards(times, values, mask, t0):
 
 def _checked(times, values, mask, t0):
     """Times (B, T) in order, values without what was not observed, and a mask of their shape."""
-    if not isinstance(values, torch.Tensor) or values.ndim != 3:
-        _refuse("values must be", "a Tensor of shape (samples, times, D)", values)
+    if not isinstance(values, torch.Tensor) or values.ndim != 3 or len(values) == 0:
+        _refuse("values must be", "a Tensor of shape (samples, times, D), of at least one sample", values)
     times = _of_every_sample(times, len(values))
     _require(times.shape == values.shape[:2], "times must be", (values.shape[1],), times)
     if mask is None:
