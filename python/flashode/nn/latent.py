@@ -25,7 +25,7 @@ class LatentODE(nn.Module):
             `elbo` checked: ``times`` of unobserved rows repeat the observed time before, unobserved
             ``values`` are 0, and ``mask`` has the shape of ``values``.
         field: callable ``field(t, z)`` on (B, latent), with ``t`` of shape (B, 1); may be compiled by
-            `flashode.compile`, which makes a solve with gradients about 25 times as fast.
+            `flashode.compile`, which makes a solve with gradients some 20 times as fast.
         decoder: Module from (..., latent) to (..., D).
         t0: time of the latent start, not later than any observation.
         noise: standard deviation of the observations.
