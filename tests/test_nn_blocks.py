@@ -346,6 +346,16 @@ def test_modes_reach_the_field():
         assert not block.eval().field.layers[0].training and block.train().field.layers[0].training
 
 
+def test_blocks_serve_functional_transforms():
+    block, y = ODEBlock(mlp(), method="rk4"), batch(4, 3)
+    params = dict(block.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(block, p, (y,)).sum())(params)
+    block(y).sum().backward()
+    for name, p in params.items():
+        torch.testing.assert_close(found[name], p.grad)
+    torch.testing.assert_close(torch.func.vmap(block)(y), block(y))
+
+
 def test_a_block_says_what_it_is():
     text = repr(ODEBlock(mlp(), (0.0, 2.0), method="rk4", adjoint="checkpoint", augment=3))
     assert re.search(r"t=\(0\.0, 2\.0\), method='rk4', .*adjoint='checkpoint', augment=3\n", text)

@@ -1,0 +1,28 @@
+"""The example augmented.py as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "augmented.py"
+
+
+def test_one_more_dimension_makes_maps_that_no_flow_can(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    figures = {
+        name: [float(x.replace(",", "")) for x in re.search(rf"^{name} +(.*)$", done.stdout, re.M)[1].split()]
+        for name in ("ODE", "ANODE", "ResNet")
+    }
+    _, flip, annulus, _, _, calls = figures.pop("ODE")
+    assert flip == pytest.approx(1, abs=0.05) and annulus > 0.02
+    for _, other_flip, other_annulus, accuracy, *_ in figures.values():
+        assert other_flip < 0.05 and other_annulus < annulus / 2 and accuracy > 99
+    assert figures["ANODE"][-1] < calls
+    assert (tmp_path / "out" / "augmented.png").stat().st_size > 20_000
