@@ -41,7 +41,7 @@ def main():
     for method in EXPLICIT + IMPLICIT:
         torch.manual_seed(args.seed)
         nets = {f"{method}, {gradient}": net_of(method, gradient, args.seed) for gradient in GRADIENTS}
-        ours = compare(args, nets, train, test, *((1, 16) if args.quick else (80, 64)), rate=2e-2)
+        ours = compare(args, nets, train, test, *((1, 16) if args.quick else (100, 64)), rate=1e-2)
         for gradient, each in zip(GRADIENTS, ours):
             trained[method, gradient] = each
             rows.append([method, gradient, *each.row[1:2], *each.row[3:]])
@@ -62,7 +62,7 @@ def net_of(method, gradient, seed):
     torch.manual_seed(seed)
     net = small_stem(RKNet(STEPS, channels=CHANNELS), CHANNELS)
     options = None if method == "fehlberg45" else {"step_size": 1 / STEPS}
-    field = ConvField(CHANNELS, activation="silu")  # smooth, for Newton's method
+    field = ConvField(CHANNELS, norm=None, activation="tanh")  # smooth, for Newton's method
     net.body = ODEBlock(field, method=method, options=options, adjoint=GRADIENTS[gradient])
     net.head = nn.Sequential(
         nn.Flatten(), nn.Linear(16 * CHANNELS, 10)
