@@ -1,13 +1,13 @@
 """Labels every pixel of street scenes by a UNet whose contracting path is residual blocks, or four ODEs.
 
-Problem. Synthetic street scenes of 64x64 pixels: sky, buildings, trees, pavement, road, cars and people; or Cityscapes,
-with --data DIR, as published or as pairs of images. Two UNets, alike but for the contracting path:
+Problem. Synthetic street scenes of 64x64 pixels: sky, buildings, trees, pavement, road, cars and people; or
+Cityscapes, with --data DIR, as published or as pairs of images. Two UNets, alike but for the contracting path:
   ResNet-UNet     as in ResNet-18, two residual blocks on each of four levels;
   NeuralODE-UNet  one ODE on each level, solved by Euler's method with dt = 0.5: two steps with the same weights.
 
-Right answer. The ODEs are nearly as good: published on Cityscapes are a Dice coefficient of 0.836 against 0.851, and an
-IoU of 0.719 against 0.742. Both are averages over the classes: with A the pixels that a model gives to a class and B
-those that have it, Dice is 2 |A and B| / (|A| + |B|) and IoU |A and B| / |A or B|, over all test images together.
+Right answer. The ODEs are about as good: published on Cityscapes are a Dice coefficient of 0.836 against 0.851, and
+an IoU of 0.719 against 0.742. Both are averages over the classes: with A the pixels that a model gives to a class and
+B those that have it, Dice is 2 |A and B| / (|A| + |B|) and IoU |A and B| / |A or B|, over all test images together.
 Figures of the synthetic scenes compare the two nets, and are not to be compared with those of photographs.
 """
 
