@@ -26,7 +26,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import flashode
-from classifiers import COLOURS, STYLE, Trained, compare, draw_losses, small_stem, wrong
+from classifiers import COLOURS, STYLE, Trained, compare, draw_losses, peak_memory, small_stem, wrong
 from flashode.datasets import digits, mnist
 from flashode.nn import ODENet, ResNet, RKNet
 from training import parser, prepare, table
@@ -43,9 +43,13 @@ def main():
     for name, make in MODELS.items():
         torch.manual_seed(args.seed)
         nets[name] = make() if args.data else small_stem(make(), CHANNELS)
+    batch = 32 if args.quick else 128
     steps = 5 if args.quick else 200 if args.data is None else 5 * len(train.labels) // 128
-    trained = compare(args, nets, train, test, steps, batch=32 if args.quick else 128)
+    trained = compare(args, nets, train, test, steps, batch)
     table(Trained.HEADINGS, [each.row for each in trained])
+    nets["ODE-Net"].body.adjoint = None
+    direct = peak_memory({"direct": nets["ODE-Net"]}, train.images[:batch], train.labels[:batch])["direct"]
+    print(f"\na step of ODE-Net with gradients through the graph of its steps: {direct:.1f} MB")
     time_a_step(nets["ODE-Net"], train, repeats=1 if args.quick else 7)
     try:
         draw(trained, test, args.out)
@@ -87,7 +91,7 @@ def time_a_step(net, train, repeats):
             cross_entropy(net.head(end), train.labels[:32]).backward()
             times[name].append(1000 * (time.perf_counter() - began))
     ours, theirs = (statistics.median(each) for each in times.values())
-    print(f"\na step of ODE-Net, 32 images: flashode {ours:.1f} ms, torchdiffeq {theirs:.1f} ms")
+    print(f"a step of ODE-Net, 32 images: flashode {ours:.1f} ms, torchdiffeq {theirs:.1f} ms")
 
 
 def draw(trained, test, path):
