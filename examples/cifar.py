@@ -21,9 +21,10 @@ import torch
 from torch.nn.functional import affine_grid, grid_sample
 
 import flashode
-from classifiers import COLOURS, INK, STYLE, Trained, compare, draw_losses, wrong
+from classifiers import COLOURS, Trained, compare, draw_losses, wrong
 from flashode.datasets import SHAPES, cifar10, shapes
 from flashode.nn import ResNet, RKNet
+from pictures import INK, save_picture
 from training import parser, prepare, table
 
 CIFAR_CLASSES = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -47,11 +48,7 @@ def main():
     batch = 16 if args.quick else 64 if args.data is None else 128
     trained = compare(args, nets, train, test, steps, batch=batch, rate=3e-3, change=turned)
     table(Trained.HEADINGS, [each.row for each in trained])
-    try:
-        draw(trained, test, names, args.out)
-        print(f"\npicture: {args.out}")
-    except ImportError:
-        print("\nno picture: matplotlib is not installed (pip install matplotlib)")
+    save_picture(args, lambda figure: draw(figure, trained, test, names), (11, 5.8))
 
 
 def load(args):
@@ -80,15 +77,8 @@ def turned(images):
     return grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def draw(trained, test, names, path):
+def draw(figure, trained, test, names):
     """Losses, errors by class, and images that RK-Net gets wrong."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    figure = plt.figure(figsize=(11, 5.8), layout="constrained")
     grid = figure.add_gridspec(2, 10, height_ratios=[3, 1])
     draw_losses(figure.add_subplot(grid[0, :5]), trained)
     axes = figure.add_subplot(grid[0, 5:])
@@ -113,7 +103,6 @@ def draw(trained, test, names, path):
             label = f"{names[test.labels[rows[column]]]}\ntaken for\n{names[answers[column]]}"
             axes.set_title(label, fontsize=8, loc="center", fontweight="normal")
     figure.supxlabel("what RK-Net gets wrong", fontsize=10, color=INK)
-    figure.savefig(path, format="png", dpi=110)
 
 
 def parse():

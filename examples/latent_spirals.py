@@ -27,11 +27,12 @@ import time
 
 import torch
 from torch import nn
-from training import Training, parser, prepare, table
 
 import flashode
 from flashode.datasets import spiral_trajectories
 from flashode.nn import LatentODE, RNNEncoder, kl_annealing
+from pictures import COLOURS, INK, PALE, save_picture
+from training import Training, parser, prepare, table
 
 try:
     import torchdiffeq
@@ -179,30 +180,18 @@ def mean_of_last(training):
     return sum(last) / len(last)
 
 
-def draw(models, trained, unseen, path):
+def draw(figure, models, trained, unseen):
     """Spirals with their continuations; errors against time; new spirals; the bound in training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(2, 4, figsize=(13, 6.8), layout="constrained")
+    axes = figure.subplots(2, 4)
     draw_spirals(axes[0], models["latent ODE"], unseen)
     draw_errors(axes[1, 0], models, unseen)
     draw_training(axes[1, 1], trained)
     for place, (name, model) in zip(axes[1, 2:], models.items()):
         draw_samples(place, name, model, unseen.grid)
-    figure.savefig(path, dpi=110)
 
 
-INK, PALE, BLUE, RED, COLOURS = "#2b2b33", "#b9bfcc", "#1f6fb4", "#d1495b", ("#1f6fb4", "#e0902a")
-FOUR = ("#1f6fb4", "#d1495b", "#2e8b57", "#e0902a")
-STYLE = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.color": INK,
-    "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-}  # fmt: skip
+BLUE, RED = COLOURS[:2]
+PAIR = COLOURS[0], COLOURS[3]
 
 
 def draw_spirals(places, model, spirals):
@@ -224,7 +213,7 @@ def draw_spirals(places, model, spirals):
 
 
 def draw_errors(axes, models, spirals):
-    for (name, model), colour in zip(models.items(), COLOURS):
+    for (name, model), colour in zip(models.items(), PAIR):
         axes.plot(spirals.grid, errors(model, spirals, 100).sqrt(), color=colour, lw=1.7, label=name)
     axes.axvline(TURN, color=INK, lw=0.8, ls=":")
     axes.axhline(NOISE, color=INK, lw=0.8, ls="--", label="noise")
@@ -235,7 +224,7 @@ def draw_errors(axes, models, spirals):
 
 
 def draw_training(axes, trained):
-    for (name, training), colour in zip(trained.items(), COLOURS):
+    for (name, training), colour in zip(trained.items(), PAIR):
         bounds = torch.tensor(training.history["elbo"])
         each = max(1, len(bounds) // 200)
         medians = torch.stack([part.median() for part in bounds.split(each)])
@@ -246,7 +235,7 @@ def draw_training(axes, trained):
 
 def draw_samples(axes, name, model, grid):
     with torch.no_grad():
-        for curve, colour in zip(model.sample(4, grid), FOUR):
+        for curve, colour in zip(model.sample(4, grid), COLOURS):
             axes.plot(*curve.T, lw=1.3, color=colour)
             axes.plot(*curve[0], "o", color=colour, ms=4)
     axes.set(title=f"new, from the {name}", aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
@@ -267,8 +256,7 @@ def main():
     report(models, trained, unseen)
     print(f"\nmilliseconds, {timings[0]} spirals at 100 times each, forward and back")
     table(["", "training step", "of that, solve and decode"], list(timed(spirals, *timings)))
-    draw(models, trained, unseen, args.out)
-    print(f"\npicture: {args.out}")
+    save_picture(args, lambda figure: draw(figure, models, trained, unseen), (13, 6.8))
 
 
 if __name__ == "__main__":

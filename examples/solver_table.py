@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 import flashode
-from classifiers import INK, PALE, STYLE, Trained, compare, small_stem
+from classifiers import Trained, compare, small_stem
 from flashode.datasets import digits
 from flashode.nn import ConvField, ODEBlock, RKNet
+from pictures import INK, PALE, save_picture
 from training import parser, prepare, table
 
 CHANNELS, STEPS = 16, 3
@@ -57,11 +58,7 @@ def main():
         errors = [each.error for (method, _), each in trained.items() if method in methods]
         mean = sum(errors) / len(errors)
         print(f"{name}: test error {min(errors):.2f} to {max(errors):.2f} %, mean {mean:.2f} %")
-    try:
-        draw(trained, args.out)
-        print(f"\npicture: {args.out}")
-    except ImportError:
-        print("\nno picture: matplotlib is not installed (pip install matplotlib)")
+    save_picture(args, lambda figure: draw(figure, trained), (11, 4.2))
 
 
 def net_of(method, gradient, seed):
@@ -76,15 +73,9 @@ def net_of(method, gradient, seed):
     return net
 
 
-def draw(trained, path):
+def draw(figure, trained):
     """Test error, seconds and memory of every solver, a mark for every way to the gradient."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     methods = EXPLICIT + IMPLICIT
     columns = (
         ("error", "Test error, %"),
@@ -107,7 +98,6 @@ def draw(trained, path):
     panels[0].set_xlim(left=0)
     panels[2].set_xlim(left=0)
     panels[0].legend(loc="lower left")
-    figure.savefig(path, format="png", dpi=110)
 
 
 MARKS = {
