@@ -21,7 +21,8 @@ from torch.nn.functional import mse_loss
 import flashode
 from flashode.datasets import annulus, flip_1d
 from flashode.nn import MLPField, ODEBlock
-from training import Training, parser, prepare, pyplot, save, table
+from pictures import save_picture
+from training import Training, parser, prepare, table
 
 POINTS, BATCH, HIDDEN, BLOCKS = 4096, 128, (32, 32), 5
 MODELS = ("ODE", "ANODE", "ResNet")
@@ -111,9 +112,8 @@ def draw_curves(axes, histories, figure, **labels):
 
 
 @torch.no_grad()
-def draw(flips, flip_histories, flip_points, classifiers, histories, points, labels, args):
+def draw(figure, flips, flip_histories, flip_points, classifiers, histories, points, labels):
     """Paths of A1 and what A2's points become; losses, and calls of the field."""
-    figure = pyplot().figure(figsize=(14, 6.4), layout="constrained")
     grid = figure.add_gridspec(2, 4)
     for column, name in enumerate(MODELS):
         draw_flip(figure.add_subplot(grid[0, column]), flips[name], name, flip_points[:40])
@@ -125,7 +125,6 @@ def draw(flips, flip_histories, flip_points, classifiers, histories, points, lab
     calls = {name: histories[name] for name in MODELS[:2]}
     draw_curves(figure.add_subplot(grid[1, 2]), calls, "nfe", title="A2: calls of the field, forward")
     draw_curves(figure.add_subplot(grid[1, 3]), histories, "loss", title="A2: loss", yscale="log")
-    save(figure, args)
 
 
 def main():
@@ -150,7 +149,8 @@ def main():
         losses, calls = (flip_histories[name]["loss"][-1], history["loss"][-1]), history["nfe"]
         rows.append([name, sum(p.numel() for p in model.parameters()), *losses, right, calls[0], calls[-1]])
     table(["model", "parameters", "A1 loss", "A2 loss", "test accuracy %", "nfe, first epoch", "last"], rows)
-    draw(flips, flip_histories, flip_points, classifiers, histories, test_points, test_labels, args)
+    trained = flips, flip_histories, flip_points, classifiers, histories
+    save_picture(args, lambda figure: draw(figure, *trained, test_points, test_labels), (14, 6.4))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from training import Training
 
-INK, PALE = "#2b2b33", "#d3d7e0"
 COLOURS = ("#8a93a6", "#2b2b33", "#1f6fb4", "#d1495b")
-STYLE = {
-    "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.color": INK,
-    "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-}  # fmt: skip
 
 
 @dataclass

@@ -25,7 +25,8 @@ from torch import nn
 
 import flashode
 from flashode.nn import MLPField
-from training import INK, Training, parser, prepare, pyplot, race, save, table
+from pictures import INK, save_picture
+from training import Training, parser, prepare, race, table
 
 try:
     import torchdiffeq
@@ -147,10 +148,8 @@ def compare(field, points, turns):
     race(runs, turns)
 
 
-def draw(spiral_fit, linear, network, noisy, truth, args):
+def draw(figure, spiral_fit, linear, network, noisy, truth):
     """Problem 1 after some of its epochs; problem 2 in the plane, in time, and its errors."""
-    plt = pyplot()
-    figure = plt.figure(figsize=(12.5, 5.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.9])
     points = spiral(SPIRAL)
     for axes, number in zip(above.subplots(1, len(SHOWN), sharex=True, sharey=True), SHOWN):
@@ -172,7 +171,6 @@ def draw(spiral_fit, linear, network, noisy, truth, args):
     loss.set(title="Mean squared error", xlabel="epoch", yscale="log")
     plane.legend(fontsize=9)
     loss.legend(fontsize=9)
-    save(figure, args)
 
 
 def main():
@@ -189,7 +187,7 @@ def main():
         each.train(args, f"damped, {name}, whole", error, last, rate / 10, rate / 200)
     report(spiral_fit, linear, network, noisy, truth)
     compare(spiral_fit.field.func, points, 1 if args.quick else 5)
-    draw(spiral_fit, linear, network, noisy, truth, args)
+    save_picture(args, lambda figure: draw(figure, spiral_fit, linear, network, noisy, truth), (12.5, 5.8))
 
 
 if __name__ == "__main__":

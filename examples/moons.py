@@ -23,7 +23,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import flashode
 from flashode.datasets import moons
 from flashode.nn import MLPField, ODEBlock
-from training import INK, Training, parser, prepare, pyplot, race, save, table
+from pictures import COLOURS, INK, save_picture
+from training import Training, parser, prepare, race, table
 
 try:
     import torchdiffeq
@@ -32,7 +33,7 @@ except ImportError:
 
 POINTS, BATCH, NOISE = 1024, 128, 0.05
 EPOCHS, TOLERANCE = 60, 1e-3
-COLOURS, PALE = ("#1f6fb4", "#d1495b"), ("#d9e6f2", "#f7dfe2")
+SHADES = "#d9e6f2", "#f7dfe2"
 
 
 class Classifier(nn.Module):
@@ -97,18 +98,18 @@ class Torchdiffeq(nn.Module):
         return torchdiffeq.odeint(self.field, y, t, rtol=TOLERANCE, atol=TOLERANCE)[-1]
 
 
-def draw(model, points, labels, args):
+def draw(figure, model, points, labels):
     """The classes of the plane, and the paths along which points are carried."""
-    figure, (plane, paths) = pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    plane, paths = figure.subplots(1, 2)
     x, y = torch.linspace(-1.6, 2.6, 211), torch.linspace(-1.1, 1.6, 136)
     with torch.no_grad():
         grid = torch.cartesian_prod(x, y)
         chance = model(grid).sigmoid().reshape(len(x), len(y)).T
         some, classes = points[:80], labels[:80]
         carried = model.flow.path(some, torch.linspace(0, 1, 60))
-    plane.contourf(x, y, chance, levels=[0, 0.5, 1], colors=PALE)
+    plane.contourf(x, y, chance, levels=[0, 0.5, 1], colors=SHADES)
     plane.contour(x, y, chance, levels=[0.5], colors=INK, linewidths=1.5)
-    for label, colour in enumerate(COLOURS):
+    for label, colour in enumerate(COLOURS[:2]):
         mine = labels == label
         plane.scatter(*points[mine].T, s=9, color=colour, linewidths=0)
         for path in carried[:, classes == label].transpose(0, 1):
@@ -120,7 +121,6 @@ def draw(model, points, labels, args):
     plane.set(title="Test points, and the class of every point", xlabel="x", ylabel="y", aspect="equal")
     draw_line(paths, model.read)
     paths.set(title="Paths from t = 0 (open) to t = 1 (filled)", xlabel="x", ylabel="y")
-    save(figure, args)
 
 
 def draw_line(axes, layer):
@@ -161,7 +161,7 @@ def main():
     )
     print(f"\ntest accuracy: {history['accuracy'][-1]:.2f} %")
     compare(model, points, labels, 1 if args.quick else 5)
-    draw(model, test_points, test_labels, args)
+    save_picture(args, lambda figure: draw(figure, model, test_points, test_labels), (11, 4.6))
 
 
 if __name__ == "__main__":

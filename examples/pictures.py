@@ -10,6 +10,13 @@ STYLE = {
 }  # fmt: skip
 
 
+def colours_of(classes: int):
+    """A colour map of matplotlib's for that many classes."""
+    import matplotlib
+
+    return matplotlib.colormaps["tab20" if classes > 10 else "Set2"].resampled(classes)
+
+
 def save_picture(args, draw, size):
     """Calls ``draw(figure)`` with a figure of matplotlib, ``size`` inches wide and high, and saves what it drew."""
     try:

@@ -228,30 +228,3 @@ def _text(x) -> str:
 
 def _program() -> str:
     return Path(sys.argv[0]).name
-
-
-INK, PALE, COLOURS = "#2b2b33", "#d3d7e0", ("#1f6fb4", "#d1495b", "#3a9172", "#e0a030")
-STYLE = {
-    "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.color": INK,
-    "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-}  # fmt: skip
-
-
-def pyplot():
-    """matplotlib's pyplot in the style of all examples. Ends the program where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("no picture: matplotlib is not installed (pip install matplotlib)")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    matplotlib.pyplot.rcParams.update(STYLE)
-    return matplotlib.pyplot
-
-
-def save(figure, args):
-    """Writes the picture, and says where it is."""
-    figure.savefig(args.out, format="png", dpi=110)
-    print(f"\npicture: {args.out}")

@@ -324,6 +324,8 @@ def with_entry(x, *place, value):
         (lambda t, v, m: (t.long(), v, m), "times must be a floating point Tensor, got a torch.int64"),
         (lambda t, v, m: (t.tolist(), v, m), "times must be a floating point Tensor, got list"),
         (lambda t, v, m: (t, v[..., 0], m), "values must be a Tensor of shape (samples, times, D)"),
+        (lambda t, v, m: (t[:0], v[:0], m[:0]), "of at least one sample, got a torch.float64 Tensor of shape (0, 6, 2)"),
+        (lambda t, v, m: (t[:, :0], v[:, :0], m[:, :0]), "mask: sample 0 has no observation"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_named(change, message):

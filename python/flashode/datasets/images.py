@@ -51,7 +51,9 @@ SHAPES = ("disc", "ring", "half disc", "crescent", "square", "frame", "bar", "cr
 
 
 def shapes(n: int, size: int = 32, generator: torch.Generator | None = None) -> Labelled:
-    """Synthetic colour images of `SHAPES`, one in each: any colour, place, turn and size, on a mottled ground.
+    """Synthetic colour images of `SHAPES`, one in each: any place, turn and size, on a mottled ground of any colour.
+
+    Every shape has a hue that is usual for it, and that leaves doubts.
 
     Args:
         n: how many.
@@ -72,14 +74,16 @@ def shapes(n: int, size: int = 32, generator: torch.Generator | None = None) -> 
     labels = torch.randint(len(SHAPES), (n,), generator=generator)
     middles = (torch.arange(size) + 0.5) * (2 / size) - 1
     y, x = torch.meshgrid(middles, middles, indexing="ij")
-    radius, turn = between(0.3, 0.6), between(0, 2 * torch.pi)
-    x, y = (x - between(-0.35, 0.35)) / radius, (y - between(-0.35, 0.35)) / radius
+    radius, turn = between(0.4, 0.7), between(0, 2 * torch.pi)
+    x, y = (x - between(-0.25, 0.25)) / radius, (y - between(-0.25, 0.25)) / radius
     u, v = turn.cos() * x + turn.sin() * y, turn.cos() * y - turn.sin() * x
     inside = _insides(u, v).gather(1, labels[:, None, None, None].expand(-1, 1, size, size))
     spots = torch.randn(n, 3, size // 4, size // 4, generator=generator)
-    ground = between(0.2, 0.8, 3) + 0.15 * interpolate(spots, (size, size), mode="bilinear")
+    ground = between(0.2, 0.8, 3) + 0.1 * interpolate(spots, (size, size), mode="bilinear")
     grain = 0.05 * torch.randn(n, 3, size, size, generator=generator)
-    images = torch.where(inside, between(0, 1, 3), ground) + grain
+    phase = 2 * torch.pi * (labels[:, None] / len(SHAPES) + torch.arange(3) / 3)
+    colour = 0.5 + 0.4 * phase.cos()[..., None, None] + between(-0.2, 0.2, 3)
+    images = torch.where(inside, colour, ground) + grain
     return Labelled(images.clamp(0, 1), labels)
 
 
