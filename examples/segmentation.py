@@ -104,7 +104,7 @@ class Segmented:
 
 def fit(args, name, net, train, test, classes, steps, batch, memory) -> Segmented:
     torch.manual_seed(args.seed)  # the same batches for both
-    adam = torch.optim.Adam(net.parameters(), 1.5e-3)
+    adam = torch.optim.Adam(net.parameters(), 3e-3)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     training = Training(args, name, steps, net=net, adam=adam, falling=falling)
     for _ in training:

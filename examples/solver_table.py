@@ -95,7 +95,7 @@ def draw(figure, trained):
         axes.axhline(len(EXPLICIT) - 0.5, color=INK, lw=0.8, ls=":")
     panels[0].invert_yaxis()
     panels[1].set_xscale("log")
-    panels[0].set_xlim(left=0)
+    panels[0].set_xlim(0, 1.3 * panels[0].get_xlim()[1])
     panels[2].set_xlim(left=0)
     panels[0].legend(loc="lower left")
 
