@@ -313,6 +313,19 @@ def test_times_that_are_written_to_are_seen(net):
     )
 
 
+def _replace_data(t):
+    t.data = t.data[:-1] / 2
+
+
+@pytest.mark.parametrize("write", [lambda t: t.data.mul_(0.5), lambda t: t.numpy().sort(), _replace_data])
+def test_times_that_are_written_to_past_autograd_are_seen(net, write):
+    t, y0 = T.flip(0), starts()
+    for _ in range(2):
+        odeint(net, y0, t)
+    write(t)
+    assert torch.equal(odeint(net, y0, t), odeint(net, y0, t.clone()))
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_gradients_of_times_and_start_where_the_start_is_written_to(net, batched):
     options = {"batched": batched}
