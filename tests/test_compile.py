@@ -220,6 +220,18 @@ def test_second_derivatives_are_refused(net):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("solve", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("of", ["y0", "weight", "cotangent"])
+def test_second_derivatives_are_refused_where_they_are_asked_of_one_tensor(net, solve, of):
+    """Autograd goes to what it is asked for alone: what it does not come upon, it takes for zero."""
+    y0, cotangent = starts().requires_grad_(), torch.ones((), dtype=F64, requires_grad=True)
+    ys = solve(net, y0, T)
+    (grad,) = torch.autograd.grad(ys, y0, cotangent.expand_as(ys), create_graph=True)
+    asked = {"y0": y0, "weight": next(net.parameters()), "cotangent": cotangent}[of]
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(grad.sum(), asked, allow_unused=True)
+
+
 @pytest.fixture
 def given_back(monkeypatch, net):
     """How often the recorded steps of a solve were given back; they are, all the same."""
