@@ -220,6 +220,18 @@ def test_second_derivatives_are_refused(net):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("solve", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("of", ["y0", "weight", "cotangent"])
+def test_second_derivatives_are_refused_where_they_are_asked_of_one_tensor(net, solve, of):
+    """Autograd goes to what it is asked for alone: what it does not come upon, it takes for zero."""
+    y0, cotangent = starts().requires_grad_(), torch.ones((), dtype=F64, requires_grad=True)
+    ys = solve(net, y0, T)
+    (grad,) = torch.autograd.grad(ys, y0, cotangent.expand_as(ys), create_graph=True)
+    asked = {"y0": y0, "weight": next(net.parameters()), "cotangent": cotangent}[of]
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(grad.sum(), asked, allow_unused=True)
+
+
 @pytest.fixture
 def given_back(monkeypatch, net):
     """How often the recorded steps of a solve were given back; they are, all the same."""
@@ -311,6 +323,19 @@ def test_times_that_are_written_to_are_seen(net):
     assert torch.equal(
         odeint(net, y0, t, rtol=1e-6, atol=1e-8), odeint(net, y0, t.clone(), rtol=1e-6, atol=1e-8)
     )
+
+
+def _replace_data(t):
+    t.data = t.data[:-1] / 2
+
+
+@pytest.mark.parametrize("write", [lambda t: t.data.mul_(0.5), lambda t: t.numpy().sort(), _replace_data])
+def test_times_that_are_written_to_past_autograd_are_seen(net, write):
+    t, y0 = T.flip(0), starts()
+    for _ in range(2):
+        odeint(net, y0, t)
+    write(t)
+    assert torch.equal(odeint(net, y0, t), odeint(net, y0, t.clone()))
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -268,6 +268,32 @@ def test_properties_and_operators_of_own_classes_are_looked_through():
     assert now.current() is None
 
 
+def test_what_hides_an_attribute_of_the_class_is_seen():
+    class Decay(nn.Module):
+        rate, called = 1.0, 0
+
+        def forward(self, t, y):
+            self.called += 1  # hides that of the class, too
+            return self.slope(y)
+
+        def slope(self, y):
+            return -self.rate * y
+
+    field, y0, t = Decay(), torch.ones(2), torch.tensor([0.0, 1.0])
+    compiled, said = compile(field), []
+    odeint(compiled, y0, t)
+    called = field.called
+    for change in (
+        lambda: None,
+        lambda: setattr(field, "rate", 2.0),
+        lambda: setattr(field, "slope", lambda y: y),
+    ):
+        change()
+        torch.testing.assert_close(odeint(compiled, y0, t), odeint(copy.copy(field), y0, t))
+        said.append(field.called - called)
+    assert said[0] == 0 < said[1] < said[2]
+
+
 def test_whole_numbers_are_a_part_of_the_program():
     order = torch.tensor([0, 1])
     now, inputs = captured(lambda t, y: y[:, order])

@@ -306,6 +306,9 @@ def test_second_derivatives_are_refused():
     assert all(torch.equal(a, b) for a, b in zip(grads, throw.grads()))
     with pytest.raises(RuntimeError, match="event times and the states there have first derivatives only"):
         sum(g.square().sum() for g in grads).backward()
+    (grad, *_) = torch.autograd.grad(throw.loss(), throw.inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="event times and the states there have first derivatives only"):
+        torch.autograd.grad(grad.sum(), throw.inputs[0], allow_unused=True)
 
 
 def test_an_event_without_derivative_is_refused_where_a_gradient_is_asked_for():

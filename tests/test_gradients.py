@@ -313,6 +313,22 @@ def test_double_backward_through_the_adjoint_is_refused_not_wrong(alone, engine)
         (g.square().sum() + (0 if alone else loss)).backward()
 
 
+@pytest.mark.parametrize("adjoint", ["backsolve", "interpolated"])
+def test_a_hessian_through_the_adjoint_is_refused_not_zero(adjoint, engine):
+    def loss(y0, end):
+        t = torch.stack([torch.zeros((), dtype=F64), end])
+        return flashode.odeint_adjoint(
+            lambda t, y: -(y**3), y0, t, engine=engine, adjoint=adjoint, adjoint_params=()
+        )[-1].sum()
+
+    for of in range(2):
+        given = [torch.ones((), dtype=F64), torch.ones((), dtype=F64)]
+        with pytest.raises(RuntimeError, match="odeint_adjoint gives first derivatives only"):
+            torch.autograd.functional.hessian(
+                lambda x: loss(*given[:of], x.reshape(() if of else 1), *given[of + 1 :]), given[of]
+            )
+
+
 def test_a_changed_parameter_is_noticed_in_the_backward_pass(engine):
     net, y0 = Net(dtype=F64), torch.ones(1, 2, dtype=F64)
     ys = flashode.odeint_adjoint(net, y0, torch.tensor([0.0, 1.0], dtype=F64), engine=engine)

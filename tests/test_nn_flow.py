@@ -118,6 +118,18 @@ def test_divergences_keep_graphs_only_where_gradients_are_recorded():
         assert not any(x.requires_grad for x in exact_divergence(field, t, y, frobenius=True))
 
 
+@pytest.mark.parametrize("make", [lambda field: field, flashode.compile], ids=["called", "compiled"])
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_inference_mode_changes_no_density(make, trace):
+    flow, x = CNF(make(MLPField(2, hidden=(8,))), trace=trace), torch.randn(5, 2)
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        torch.manual_seed(0)
+        with mode():
+            found.append(flow.log_prob(1 * x))
+    torch.testing.assert_close(*found)
+
+
 def test_a_field_without_space_has_no_divergence():
     slope, divergence = exact_divergence(
         lambda t, y: torch.ones_like(y) * t, torch.tensor(2.0), torch.randn(4, 2)

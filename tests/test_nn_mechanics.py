@@ -99,6 +99,14 @@ def test_energies_may_be_one_a_sample_or_one_in_all(pair, shape):
     assert all(torch.equal(x, y) for x, y in zip(found, expected))
 
 
+def test_slopes_can_be_had_in_inference_mode(pair):
+    field, t = Hamiltonian(lambda q, p: (q**2 * p.cos()).sum(-1)), torch.tensor(0.0)
+    with torch.inference_mode():
+        found = field(t, pair), field(t, tuple(x.clone() for x in pair))
+    for slopes in found:
+        torch.testing.assert_close(slopes, field(t, pair))
+
+
 def test_any_energy_is_conserved(pair):
     field = Hamiltonian(Energy())
     q, p = odeint(field, pair, torch.tensor([0.0, 10.0], dtype=F64), rtol=1e-10, atol=1e-11)

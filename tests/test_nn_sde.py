@@ -217,6 +217,18 @@ def test_nothing_is_recorded_where_nothing_gets_a_gradient(method):
         assert not model(torch.ones(2, dtype=F64), ENDS).requires_grad
 
 
+def test_inference_mode_changes_no_path():
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            y0, t = torch.ones(4), torch.tensor([0.0, 1.0])
+            solved = sdeint(
+                lambda t, y: -y, lambda t, y: t * y, y0, t, step_size=0.5, method="milstein", generator=0
+            )
+            found.append(solved)
+    assert torch.equal(*found)
+
+
 def test_a_model_learns_the_size_of_the_noise():
     """Maximum likelihood by hand would be exact; this only has to move the right way, by gradients alone."""
     model = NeuralSDE(lambda t, y: -y, nn.Module(), step_size=0.1)

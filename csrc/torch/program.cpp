@@ -199,7 +199,7 @@ namespace {
 
 // Gradients that cannot be differentiated again, and say so: without a graph, second ones would be taken for zero.
 struct FirstOnly : Function<FirstOnly> {
-  static variable_list forward(AutogradContext*, const at::Tensor& /*requires gradients*/, at::TensorList grads) {
+  static variable_list forward(AutogradContext*, at::TensorList /*that they depend on*/, at::TensorList grads) {
     variable_list passed;
     for (const at::Tensor& grad : grads) passed.push_back(grad.alias());
     return passed;
@@ -211,13 +211,19 @@ struct FirstOnly : Function<FirstOnly> {
   }
 };
 
-variable_list first_only(variable_list grads) {
-  variable_list defined;
+// Of the backward pass that is under way. What it leads to is what its gradients depend on, and so is `cotangents`:
+// from there autograd has to come upon FirstOnly, or it would say that they do not depend on it.
+variable_list first_only(variable_list grads, const at::Tensor& cotangents) {
+  variable_list origins = {cotangents}, defined;
+  for (const auto& edge : torch::autograd::get_current_node()->next_edges()) {
+    if (!edge.is_valid()) continue;
+    origins.push_back(at::empty({0}));
+    torch::autograd::impl::set_gradient_edge(origins.back(), edge);
+  }
   for (const at::Tensor& grad : grads) {
     if (grad.defined()) defined.push_back(grad);
   }
-  const variable_list passed =
-      FirstOnly::apply(at::zeros({}, at::kFloat).requires_grad_(), at::TensorList(defined));
+  const variable_list passed = FirstOnly::apply(at::TensorList(origins), at::TensorList(defined));
   auto next = passed.begin();
   for (at::Tensor& grad : grads) {
     if (grad.defined()) grad = *next++;
@@ -263,7 +269,7 @@ struct ProgramBackward : Function<ProgramBackward> {
     }
     if (!again) return found;
     const at::AutoGradMode graph(true);
-    return first_only(std::move(found));
+    return first_only(std::move(found), grads[0]);
   }
 
   static at::Tensor of_times(AutogradContext* context, const char* name) {

@@ -92,6 +92,7 @@ class _Crossing(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = first_only(
                 grads,
+                (value, t, *states, grad_t, *grad_states),
                 "event times and the states there have first derivatives only; for second ones of the state "
                 "at a fixed time use odeint with event_fn, whose event time has no gradient",
             )

@@ -5,19 +5,24 @@ from __future__ import annotations
 import torch
 
 
-def first_only(grads, message: str):
+def first_only(grads, origins, message: str):
     """Passes gradients on; differentiating them raises a RuntimeError with ``message``.
 
     Without it a second derivative would be taken for zero: these gradients have no graph.
+
+    Args:
+        origins: Tensors that they depend on, or None. From these autograd has to come upon this, or it would say that
+            they are not in the graph.
     """
-    return _FirstOnly.apply(torch.zeros((), device="cpu", requires_grad=True), message, *grads)
+    origins = [x for x in origins if x is not None]
+    return _FirstOnly.apply(message, len(origins), *origins, *grads)
 
 
 class _FirstOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, message, *grads):
+    def forward(ctx, message, origins, *tensors):
         ctx.message = message
-        return tuple(None if g is None else g.clone() for g in grads)
+        return tuple(None if g is None else g.clone() for g in tensors[origins:])
 
     @staticmethod
     def backward(ctx, *_):

@@ -73,6 +73,10 @@ class _Adjoint(torch.autograd.Function):
         result.append(solution)
         ctx.problem, ctx.spec, ctx.engine = problem, spec, engine
         ctx.dt, ctx.recording, ctx.params = outcome.dt, recording, len(params)
+        with torch.enable_grad():  # the graphs behind them, without their memory
+            ctx.origins = [
+                x.reshape(-1)[:0].clone() for x in (y0, t, grid) if x is not None and x.requires_grad
+            ]
         ctx.autocast = _autocast(problem.y0.device.type)
         given, polynomials = [None, None, None], []
         if isinstance(recording, Path):
@@ -108,6 +112,7 @@ class _Adjoint(torch.autograd.Function):
         if with_graph and mode is not checkpoint:
             grads = first_only(
                 grads,
+                (*ctx.origins, grad_ys, *params),
                 "odeint_adjoint gives first derivatives only; for second ones (create_graph=True, gradient "
                 "penalties) use odeint, which differentiates the solver's own steps",
             )

@@ -25,12 +25,12 @@ def exact_divergence(field, t, y, *, frobenius=False):
         6.0
     """
 
-    def measured(y, slope, products):
+    def measured(slope, products):
         flat = slope.flatten(1)
         rows = [products(flat[:, i].sum()).flatten(1) for i in range(flat.shape[1])]
         return sum(row[:, i] for i, row in enumerate(rows)), sum(row.square().sum(1) for row in rows)
 
-    return _measure(field, t, y, measured, frobenius)
+    return _measure(field, t, y, (), measured, frobenius)
 
 
 def hutchinson_divergence(field, t, y, noise, *, frobenius=False):
@@ -48,17 +48,18 @@ def hutchinson_divergence(field, t, y, noise, *, frobenius=False):
         As `exact_divergence`.
     """
 
-    def measured(y, slope, products):
+    def measured(slope, products, noise):
         product = products((slope * noise).sum()).flatten(1)
         return (product * noise.flatten(1)).sum(1), product.square().sum(1)
 
-    return _measure(field, t, y, measured, frobenius)
+    return _measure(field, t, y, (noise,), measured, frobenius)
 
 
-def _measure(field, t, y, measured, frobenius):
+def _measure(field, t, y, noise, measured, frobenius):
     """Slope, and what ``measured`` makes of it by gradients of sums to ``y``, kept in graphs only where they are."""
     recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        t, y, *noise = (x.clone() if x.is_inference() else x for x in (t, y, *noise))
         y = y if y.requires_grad else y.detach().requires_grad_()
         slope = field(t, y)
 
@@ -69,7 +70,7 @@ def _measure(field, t, y, measured, frobenius):
                 total, y, create_graph=recorded, retain_graph=True, materialize_grads=True
             )[0]
 
-        found = slope, *measured(y, slope, products)
+        found = slope, *measured(slope, products, *noise)
     if not recorded:
         found = [x.detach() for x in found]
     return tuple(found) if frobenius else tuple(found[:2])

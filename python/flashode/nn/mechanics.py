@@ -71,7 +71,8 @@ class Hamiltonian(nn.Module):
         recorded = torch.is_grad_enabled() and (
             any(x.requires_grad for x in state) or self.energy(*state).requires_grad
         )
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            state = (x.clone() if x.is_inference() else x for x in state)
             q, p = (x if x.requires_grad else x.detach().requires_grad_() for x in state)
             energy = self.energy(q, p).sum()
             if not energy.requires_grad:

@@ -107,7 +107,8 @@ def _with_derivative(diffusion, t, y):
     """``g`` and ``g dg/dy``, element by element."""
     # A graph only where something but the leaf made below would get a gradient.
     recorded = torch.is_grad_enabled() and (y.requires_grad or diffusion(t, y).requires_grad)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        t, y = (x.clone() if x.is_inference() else x for x in (t, y))
         y = y if y.requires_grad else y.detach().requires_grad_()
         g = _like(y, diffusion(t, y), "diffusion")
         if not g.requires_grad:

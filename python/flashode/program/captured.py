@@ -136,6 +136,9 @@ class Walk:
             self._refer(attributes, attributes.__getitem__, key, value, depth - 1, name)
         if not foreign:
             self._follow(type(x), depth)
+            for key in _names_of_class(type(x)):
+                if key not in attributes:  # nor is it to be: it would hide that of the class
+                    self._refer(attributes, attributes.get, key, None, depth, key)
 
     def _follow_class(self, x, depth):
         for cls in x.__mro__:
@@ -284,6 +287,11 @@ def _flat(args):
         if isinstance(x, (list, tuple, dict)):
             return tree_leaves(args)
     return args
+
+
+def _names_of_class(cls) -> set[str]:
+    own = (c for c in cls.__mro__ if not _is_foreign(c.__module__))
+    return {key for c in own for key in vars(c) if not key.startswith("__")}
 
 
 def _is_foreign(module: str | None) -> bool:

@@ -145,7 +145,7 @@ class CompiledField(nn.Module):
         problem = kind.from_call(self, y0, t, rtol, atol, method, options, event_fn, args)
         if said is not None:
             said = (*said[:-1], None if options is None else dict(options))
-            vars(self)["_before"] = _Before(t, said, problem.released())
+            vars(self)["_before"] = _Before(t, t.clone(), said, problem.released())
         return problem
 
     def again(self, y0, t, rtol, atol, method, options, args):
@@ -171,7 +171,8 @@ class CompiledField(nn.Module):
     def _before_as(self, t, said) -> _Before | None:
         before = self._before
         alike = said is not None and before is not None and before.t is t and before.said == said
-        return before if alike else None
+        # Numbers, as what is written to t.data, or to a NumPy array that shares its memory, shows in nothing else.
+        return before if alike and torch.equal(t, before.numbers) else None
 
     def _key(self, problem) -> tuple:
         """What a program is made for, beside what func refers to.
@@ -269,9 +270,11 @@ class CompiledField(nn.Module):
 
 @dataclass(eq=False)
 class _Before:
-    """The call before: its times, what it said beside, what became of it, and how it was solved by a program."""
+    """The call before: its times, their numbers, what it said beside, what became of it, and how it was solved by a
+    program."""
 
     t: torch.Tensor
+    numbers: torch.Tensor
     said: tuple
     problem: object
     captured: Captured | None = None
@@ -283,10 +286,10 @@ def _said(t, rtol, atol, method, options):
     usual = (
         type(rtol) is type(atol) is float
         and isinstance(t, torch.Tensor)
-        and not (t.is_inference() or t.requires_grad)
+        and not t.requires_grad
         and all(type(x) in _PLAIN for x in (options or {}).values())
     )
-    return (t._version, rtol, atol, method, options) if usual else None
+    return (rtol, atol, method, options) if usual else None
 
 
 def _wants_gradients(problem):
