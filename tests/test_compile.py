@@ -235,15 +235,15 @@ def test_second_derivatives_are_refused_where_they_are_asked_of_one_tensor(net, 
 @pytest.fixture
 def given_back(monkeypatch, net):
     """How often the recorded steps of a solve were given back; they are, all the same."""
-    addresses, kind = [], ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    addresses, held, kind = [], [], ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
     def release(program, found=Program.release.fget):
         def counted(recording):
             addresses.append(recording)
             kind(found(program))(recording)
 
-        program.counted = kind(counted)
-        return ctypes.cast(program.counted, ctypes.c_void_p).value
+        held.append(kind(counted))
+        return ctypes.cast(held[-1], ctypes.c_void_p).value
 
     monkeypatch.setattr(Program, "release", property(release))
     vars(net)["_before"] = None  # which has the address of before
@@ -323,6 +323,15 @@ def test_times_that_are_written_to_are_seen(net):
     assert torch.equal(
         odeint(net, y0, t, rtol=1e-6, atol=1e-8), odeint(net, y0, t.clone(), rtol=1e-6, atol=1e-8)
     )
+
+
+def test_the_same_times_in_another_tensor_are_a_call_like_the_one_before(net):
+    ys = [odeint(net, starts(), T.clone()) for _ in range(3)]
+    before, solved = net._before, net._before.solved
+    other = solve(net, starts(), t := T.clone())
+    assert torch.equal(ys[0], ys[2]) and torch.equal(ys[0], other.ys) and other.ts is t
+    assert net._before is before and before.solved is solved
+    assert torch.equal(odeint(net, starts(), T.float()), odeint(net, starts(), T.float().double()))
 
 
 def _replace_data(t):

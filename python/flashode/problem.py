@@ -138,8 +138,9 @@ class Problem:
         """`offsets` of the members that the norm covers."""
         return self.offsets if self.counted is None else self.offsets[: self.counted + 1]
 
-    def again(self, y0, args) -> Problem | None:
-        """The same problem from another start and with other ``args``; None if the start is of another kind."""
+    def again(self, y0, t, args) -> Problem | None:
+        """The same problem from another start, with other ``args``, and with the same times in another Tensor; None
+        if the start is of another kind."""
         y0, shapes, dtypes = arguments.flat_state(y0)
         mine = self.y0
         if (y0.shape, y0.dtype, y0.device, shapes, dtypes) != (
@@ -148,7 +149,7 @@ class Problem:
             return None
         arguments.require_tuple(args)
         problem = copy.copy(self)  # with what was derived of times and tolerances
-        vars(problem).update(y0=y0, args=args)
+        vars(problem).update(y0=y0, t=t, args=args)
         vars(problem).pop("differentiates_time", None)
         problem.look_at_start()
         return problem

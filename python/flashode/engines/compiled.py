@@ -81,10 +81,8 @@ def solve(problem: Problem, recording=None, params=None) -> Outcome:
 def _solved(problem: Problem, program: Program, inputs, captured, params) -> Outcome | BatchOutcome:
     if program.gpu:
         return _DeviceRun(problem, program, inputs).solve()
-    ready = _ready(problem, program)
-    if params is None:
-        problem.func.remember(problem, captured, ready)
-    else:
+    ready = problem.func.ready(problem, captured, lambda: _ready(problem, program))
+    if params is not None:
         wanted = {id(p) for p in params}
         inputs = tuple(x if id(x) in wanted else x.detach() for x in inputs)
     times = (x if x is not None and x.requires_grad else None for x in (problem.t, problem.grid))

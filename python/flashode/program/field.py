@@ -139,40 +139,46 @@ class CompiledField(nn.Module):
         said = _said(t, rtol, atol, method, options) if event_fn is None else None
         before = self._before_as(t, said)
         if before is not None:
-            problem = before.problem.again(y0, args)
+            problem = before.problem.again(y0, t, args)
             if problem is not None:
                 return problem
         problem = kind.from_call(self, y0, t, rtol, atol, method, options, event_fn, args)
         if said is not None:
             said = (*said[:-1], None if options is None else dict(options))
-            vars(self)["_before"] = _Before(t, t.clone(), said, problem.released())
+            vars(self)["_before"] = _Before(t.detach().clone(), said, problem.released())
         return problem
 
     def again(self, y0, t, rtol, atol, method, options, args):
         """What `odeint` returns, where a program has solved the call before, which differed in ``y0`` and in the
         numbers that func reads alone; None where it is not so, or the solve fails: the long way says why."""
         before = self._before_as(t, _said(t, rtol, atol, method, options))
-        if before is None or before.ready is None or type(args) is not tuple or transforms.active():
+        if before is None or before.solved is None or type(args) is not tuple:
             return None
-        tensors = before.captured.current(args)
+        captured, ready = before.solved
+        tensors = captured.current(args)
         if tensors is None:
             return None
-        ys = before.ready.again(y0, tensors)
-        vars(self)["evaluations"] = before.ready.nfe
+        ys = ready.again(y0, tensors)
+        vars(self)["evaluations"] = ready.nfe
         return ys
 
-    def remember(self, problem, captured, ready):
-        """Keeps how a program solved a problem, for `again`: where the tensors are that it reads, and a
-        ``ProgramSolve`` of the extension."""
+    def ready(self, problem, captured, make):
+        """The ``ProgramSolve`` of a problem by the program whose tensors are ``captured``: that of the call before, if
+        it was like this one, else what ``make()`` gives, kept for the next."""
         before = self._before
-        if before is not None and before.problem.times is problem.times:
-            before.captured, before.ready = captured, ready
+        if before is None or before.problem.times is not problem.times:
+            return make()
+        solved = before.solved
+        if solved is None or solved[0] is not captured:
+            before.solved = solved = captured, make()
+        return solved[1]
 
     def _before_as(self, t, said) -> _Before | None:
         before = self._before
-        alike = said is not None and before is not None and before.t is t and before.said == said
-        # Numbers, as what is written to t.data, or to a NumPy array that shares its memory, shows in nothing else.
-        return before if alike and torch.equal(t, before.numbers) else None
+        alike = said is not None and before is not None and before.said == said
+        # Numbers: many programs make the same times anew for every solve, and what is written to t.data, or to a
+        # NumPy array that shares its memory, shows in nothing else.
+        return before if alike and torch.equal(t, before.t) else None
 
     def _key(self, problem) -> tuple:
         """What a program is made for, beside what func refers to.
@@ -270,26 +276,24 @@ class CompiledField(nn.Module):
 
 @dataclass(eq=False)
 class _Before:
-    """The call before: its times, their numbers, what it said beside, what became of it, and how it was solved by a
-    program."""
+    """The call before: its times, what it said beside, what became of it, and how it was solved by a program."""
 
     t: torch.Tensor
-    numbers: torch.Tensor
     said: tuple
     problem: object
-    captured: Captured | None = None
-    ready: object = None
+    solved: tuple[Captured, object] | None = None  # together, for threads
 
 
 def _said(t, rtol, atol, method, options):
     """What a call says of a problem beside its start, where it can be compared at little cost, or None."""
     usual = (
         type(rtol) is type(atol) is float
-        and isinstance(t, torch.Tensor)
-        and not t.requires_grad
+        and type(t) is torch.Tensor
+        and t.is_cpu
+        and not (t.requires_grad or transforms.active())
         and all(type(x) in _PLAIN for x in (options or {}).values())
     )
-    return (rtol, atol, method, options) if usual else None
+    return (t.dtype, t.shape, rtol, atol, method, options) if usual else None
 
 
 def _wants_gradients(problem):
