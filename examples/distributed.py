@@ -148,6 +148,9 @@ def main():
     model = Pendulum().to(device)
     report(model, args, train(model, args))
     if PROCESSES > 1:
+        # Threads of the group may still hold Tensors of Python's: while this one waits they can let go of them. Left
+        # to the end of Python, they would find it gone, and abort.
+        dist.barrier()
         dist.destroy_process_group()
 
 
