@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import affine_grid, grid_sample
 
 import flashode
-from classifiers import COLOURS, Trained, compare, draw_losses, wrong
+from classifiers import COLOURS, Trained, compare, draw_losses, draw_wrong, wrong
 from flashode.datasets import SHAPES, cifar10, shapes
 from flashode.nn import ResNet, RKNet
 from pictures import INK, save_picture
@@ -91,17 +91,14 @@ def draw(figure, trained, test, names):
     axes.invert_yaxis()
     axes.set_xlim(right=1.4 * axes.get_xlim()[1])
     axes.legend(loc="lower right")
-    net = trained[-1].net
-    rows = wrong(net, test).nonzero()[:10, 0]
-    with torch.no_grad():
-        answers = net(test.images[rows]).argmax(1) if len(rows) else rows
-    for column in range(10):
-        axes = figure.add_subplot(grid[1, column])
-        axes.axis("off")
-        if column < len(rows):
-            axes.imshow(test.images[rows[column]].permute(1, 2, 0))
-            label = f"{names[test.labels[rows[column]]]}\ntaken for\n{names[answers[column]]}"
-            axes.set_title(label, fontsize=8, loc="center", fontweight="normal")
+    row = [grid[1, column] for column in range(10)]
+    draw_wrong(
+        figure,
+        row,
+        trained[-1].net,
+        test,
+        lambda label, answer: f"{names[label]}\ntaken for\n{names[answer]}",
+    )
     figure.supxlabel("what RK-Net gets wrong", fontsize=10, color=INK)
 
 

@@ -152,6 +152,18 @@ def _peak() -> int:
 # ---- pictures --------------------------------------------------------------------------------
 
 
+def draw_wrong(figure, row, net, test, title):
+    """The first ten images that a net gets wrong, each in a column of a row of the grid, under ``title(label, answer)``."""
+    rows = wrong(net, test).nonzero()[:10, 0]
+    with torch.no_grad():
+        answers = net(test.images[rows]).argmax(1) if len(rows) else rows
+    for place, (image, label, answer) in zip(row, zip(test.images[rows], test.labels[rows], answers)):
+        axes = figure.add_subplot(place)
+        axes.axis("off")
+        axes.imshow(image[0] if len(image) == 1 else image.permute(1, 2, 0), cmap="gray_r")
+        axes.set_title(title(int(label), int(answer)), fontsize=8, loc="center", fontweight="normal")
+
+
 def draw_losses(axes, trained):
     for each, colour in zip(trained, COLOURS):
         losses = torch.tensor(each.losses)

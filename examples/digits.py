@@ -26,7 +26,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import flashode
-from classifiers import COLOURS, Trained, compare, draw_losses, peak_memory, small_stem, wrong
+from classifiers import COLOURS, Trained, compare, draw_losses, draw_wrong, peak_memory, small_stem
 from flashode.datasets import digits, mnist
 from flashode.nn import ODENet, ResNet, RKNet
 from pictures import save_picture
@@ -105,18 +105,8 @@ def draw(figure, trained, test):
     axes.set(xlim=(0, 600_000), ylim=(0, 1.35 * top + 0.1), xlabel="parameters", ylabel="test error, %")
     axes.set(title="Test error; areas are the memory of a step")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.1f} M")
-    net = trained[-1].net
-    missed = wrong(net, test).nonzero()[:10, 0]
-    with torch.no_grad():
-        answers = net(test.images[missed]).argmax(1) if len(missed) else missed
-    for column in range(10):
-        axes = figure.add_subplot(grid[1, column])
-        axes.axis("off")
-        if column < len(missed):
-            axes.imshow(test.images[missed[column], 0], cmap="gray_r")
-            axes.set_title(
-                f"{test.labels[missed[column]]} taken for {answers[column]}", fontsize=8, loc="center"
-            )
+    row = [grid[1, column] for column in range(10)]
+    draw_wrong(figure, row, trained[-1].net, test, lambda label, answer: f"{label} taken for {answer}")
     figure.supxlabel("what ODE-Net gets wrong", fontsize=10)
 
 

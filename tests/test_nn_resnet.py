@@ -41,6 +41,17 @@ def test_residual_blocks_that_share_weights_are_eulers_method(blocks):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_the_steps_of_rk_net_are_even_and_end_at_one(steps):
+    body = RKNet(steps, channels=4).body.double()
+    y = torch.randn(2, 4, 5, 5, dtype=F64)
+    expected = y
+    for step in range(steps):
+        expected = expected + body.field(torch.tensor(step / steps, dtype=F64), expected) / steps
+    torch.testing.assert_close(body(y), expected, rtol=1e-12, atol=1e-12)
+    assert body.nfe_forward == steps
+
+
 def test_parameters_are_as_few_as_published():
     """For MNIST: 0.6 million in a ResNet with six blocks, 0.22 in RK-Net and ODE-Net (Chen et al. 2018, table 1)."""
     block = parameters(ResidualBlock(64))

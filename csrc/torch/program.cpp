@@ -327,7 +327,7 @@ py::object ProgramSolve::again(py::handle y0, const std::vector<at::Tensor>& inp
   if (!is_alike(start)) return py::none();
   const at::Tensor values = plain(start);
   if (!(dtype_ == at::kFloat ? are_finite<float>(values) : are_finite<double>(values))) return py::none();
-  const auto solved = run(start, inputs);
+  const auto solved = run(values, inputs);
   if (!solved->has_succeeded()) return py::none();
   return wrap(parts_.reverse ? recorded(solved, parts_.differentiable, start, inputs, {}, {}) : solved->ys);
 }

@@ -212,7 +212,7 @@ class _Run(_Asked):
 
     def pull_back(self, name, grad_ys, grad_t):
         """Gradients of the start and of the inputs, None for those that have none; of the times in place."""
-        call, program, kept = self.call, self.program, len(self.kept)
+        call, program = self.call, self.program
         adj_y0 = torch.zeros_like(self.y0)
         grads = [
             torch.zeros_like(x) if i in program.differentiable else None for i, x in enumerate(self.inputs)
@@ -222,7 +222,6 @@ class _Run(_Asked):
         call.grad_own = self.addresses([grads[i] for i, _, _ in program.own])
         call.grad_t = None if grad_t is None else grad_t.data_ptr()
         self.execute(name)
-        del self.kept[kept:]  # of this pass alone: a graph may be gone back through again and again
         return adj_y0.reshape(self.p.y0.shape), grads
 
     def addresses(self, tensors) -> int:
