@@ -14,6 +14,7 @@ import flashode
 from flashode import ArgumentError, SolveError, Status
 from flashode.engines import krylov, stages
 from flashode.methods import METHODS
+from flashode.nn import ConvField
 
 # Tolerances far too large let a test prescribe the steps of an adaptive method.
 pytestmark = pytest.mark.filterwarnings("ignore:rtol is 1000")
@@ -301,6 +302,54 @@ def test_an_event_is_found():
 def heat(t, y):
     """y_t = y_xx on a ring, with a source; dx = 1/20 of a unit."""
     return 400 * (torch.roll(y, 1) - 2 * y + torch.roll(y, -1)) - y**3
+
+
+def one_step(field, y, dt):
+    """Where a step of implicit Euler ends, and how far from a solution of its equation."""
+    t = torch.tensor([0.0, dt], dtype=y.dtype)
+    end = flashode.odeint(field, y, t, method="implicit_euler", options={"step_size": dt})[-1]
+    return end, (end - y - dt * field(t[1], end)).abs().max()
+
+
+def test_newton_comes_back_from_steps_that_overshoot_hundredfold():
+    # y1 = f(y1) where atan(10 (y1 - 5)) = 0: from 0 Newton's first step ends at 388, and a half of it no better.
+    end, left = one_step(lambda t, y: y - torch.atan(10 * (y - 5)), torch.zeros(3, dtype=torch.float64), 1.0)
+    assert (end - 5).abs().max() < 1e-12 and left < 1e-12
+
+
+def test_newton_crosses_places_without_a_tangent():
+    torch.manual_seed(5)
+    field = ConvField(8, norm="group", activation="relu").double()
+    with torch.no_grad():
+        for kernel in (p for p in field.parameters() if p.dim() > 1):
+            kernel *= 1.3
+        _, left = one_step(field, 0.3 * torch.randn(8, 8, 4, 4, dtype=torch.float64), 0.5)
+    assert left < 1e-10
+
+
+def test_recording_changes_no_value(monkeypatch):
+    for limit in (0, 1000):
+        monkeypatch.setattr(stages, "DENSE_LIMIT", limit)
+        y = 0.5 + torch.rand(3, 2, dtype=torch.float64)
+        free, _ = one_step(twisted, y, 0.25)
+        recorded, _ = one_step(twisted, y.requires_grad_(), 0.25)
+        assert torch.equal(free, recorded)
+
+
+def test_a_gradient_solves_linear_equations_once_a_stage(monkeypatch):
+    monkeypatch.setattr(stages, "DENSE_LIMIT", 0)
+    solved = []
+
+    def counted(product, b, tol, gmres=krylov.gmres):
+        solved.append(b)
+        return gmres(product, b, tol)
+
+    monkeypatch.setattr(krylov, "gmres", counted)  # of gradients; Newton's method has its own name for it
+    y = torch.tensor([[1.0, 2.0], [0.5, 3.0]], dtype=torch.float64, requires_grad=True)
+    end, _ = one_step(twisted, y, 0.25)
+    assert not solved
+    end.sum().backward()
+    assert len(solved) == 1
 
 
 def test_gmres_solves_and_says_what_is_left():
