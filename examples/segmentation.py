@@ -157,7 +157,8 @@ def compare_nets(args, train, test, classes, steps, batch) -> list[Segmented]:
     memory = peak_memory(
         {name: UNet(level, classes) for name, level in LEVELS.items()},
         train.images[:batch],
-        train.labels[:batch].where(train.labels[:batch] != VOID, 0),
+        train.labels[:batch],
+        loss_of,
     )
     fits = []
     for seed in (args.seed, args.seed + 1) if args.data is None else (args.seed,):
