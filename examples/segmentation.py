@@ -29,7 +29,7 @@ import flashode
 from classifiers import peak_memory
 from flashode.datasets import CITYSCAPES_CLASSES, SCENE_CLASSES, VOID, Labelled, cityscapes, scenes
 from flashode.nn import ConvField, ODEBlock, ResidualBlock
-from pictures import INK, colours_of, save_picture
+from pictures import INK, PALE, colours_of, save_picture
 from training import Training, parser, prepare, table
 
 WIDTHS = (16, 32, 64, 128)
@@ -247,37 +247,38 @@ def by_class(fits, name, figure):
 
 
 def draw(figure, fits, test, names):
-    """Test scenes, their labels and both answers of the first seed; IoU of every class, mean over the seeds; losses."""
+    """Test scenes, their labels and both answers of the first seed, dark where wrong; IoU of every class; losses."""
     left, right = figure.subfigures(1, 2, width_ratios=[1.7, 1])
-    shown = test.images[:4]
-    first = fits[: len(LEVELS)]
-    with torch.no_grad():
-        rows = {"scene": shown.permute(0, 2, 3, 1), "labels": test.labels[:4]}
-        rows |= {one.name: one.net(shown).argmax(1) for one in first}
-    panels = left.subplots(len(rows), 4, squeeze=False)
+    images, labels = test.images[:4], test.labels[:4]
     palette = colours_of(len(names))
-    for line, (title, pictures) in zip(panels, rows.items()):
+    painted = torch.tensor(palette(labels.clamp(max=len(names) - 1).numpy()))[..., :3]
+    rows = {"scene": images.permute(0, 2, 3, 1), "labels": painted}
+    for one in fits[: len(LEVELS)]:
+        with torch.no_grad():
+            correct = one.net(images).argmax(1) == labels
+        rows[one.name] = painted.where(correct[..., None] | (labels == VOID)[..., None], 0.15)
+    for line, (title, pictures) in zip(left.subplots(len(rows), 4, squeeze=False), rows.items()):
         for axes, picture in zip(line, pictures):
-            painted = picture if picture.ndim == 3 else palette(picture.clamp(max=len(names) - 1).numpy())
-            axes.imshow(painted)
+            axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         line[0].set_ylabel(title)
-    bars, losses = right.subplots(2, 1, height_ratios=[1.6, 1])
-    places = range(len(names))
-    for i, one in enumerate(first):
-        iou, shift = by_class(fits, one.name, "iou"), 0.38 * (i - 0.5)
-        label = f"{one.name}, mean {iou.nanmean():.3f}"
-        bars.barh([k + shift for k in places], iou, 0.36, color=COLOURS[one.name], label=label)
-    for one in fits:
+    classes, losses = right.subplots(2, 1, height_ratios=[1.6, 1])
+    places = torch.arange(len(names))
+    for i, one in enumerate(fits):
+        colour, label = COLOURS[one.name], one.name if i < len(LEVELS) else None
+        shift = 0.12 if one.name == fits[0].name else -0.12
+        classes.plot(one.iou, places - shift, "o", ms=5, color=colour, alpha=0.8, label=label)
         span = max(1, len(one.losses) // 80)
         means = torch.tensor(one.losses).unfold(0, span, span).mean(1)
-        losses.plot(span * torch.arange(len(means)), means, color=COLOURS[one.name], lw=1, alpha=0.8)
-    bars.set(title="IoU by class", xlim=(0, 1), yticks=places, yticklabels=names)
-    for k, tick in enumerate(bars.get_yticklabels()):
+        losses.plot(span * torch.arange(len(means)), means, color=colour, lw=1, alpha=0.8)
+    classes.set(title="IoU by class, every seed", yticks=places, yticklabels=names)
+    classes.grid(axis="y", color=PALE, lw=0.6)
+    for k, tick in enumerate(classes.get_yticklabels()):
         tick.set_bbox({"facecolor": palette(k), "edgecolor": "none", "boxstyle": "round,pad=0.2"})
-    bars.invert_yaxis()
-    bars.legend(loc="upper center", bbox_to_anchor=(0.4, -0.08))
+    classes.invert_yaxis()
+    classes.set_xlim(right=1)
+    classes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2)
     losses.set(title="Training loss", xlabel="step", yscale="log")
 
 

@@ -95,5 +95,5 @@ def test_the_loss_is_that_of_its_definition_and_sees_nothing_of_void(segmentatio
 def test_learning_rates_are_compared_on_scenes_held_out(tmp_path):
     done = run(tmp_path, "--quick", "--rates", "1e-3", "0.01")
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(0.\d+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
+    rows = re.findall(r"^ *(0.\d+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
     assert [rate for rate, *_ in rows] == ["0.001", "0.01"] and "Dice" not in done.stdout
