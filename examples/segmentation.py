@@ -223,7 +223,7 @@ def main():
     args = parse()
     prepare(args)
     if args.data is None:
-        torch.set_num_threads(min(2, torch.get_num_threads()))
+        torch.set_num_threads(1 if args.quick else min(2, torch.get_num_threads()))
     train, test, names = load(args)
     batch = 4 if args.quick else 8
     steps = 3 if args.quick else EPOCHS * len(train.labels) // batch
