@@ -107,7 +107,7 @@ def wrong(net, test) -> torch.Tensor:
 # ---- memory ----------------------------------------------------------------------------------
 
 
-def peak_memory(nets, images, labels) -> dict[str, float]:
+def peak_memory(nets, images, labels, loss=cross_entropy) -> dict[str, float]:
     """What a training step of a batch needs in MB, by net, beside the net, the images and the libraries.
 
     It is the rise of the peak of resident memory over what was resident before the step, in a process of its own, on
@@ -118,15 +118,15 @@ def peak_memory(nets, images, labels) -> dict[str, float]:
     for name, net in nets.items():
         # Forked, before any other work, from a process that has imported torch.
         with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
-            rises[name] = pool.submit(_rise, net, images, labels).result() / 2**20
+            rises[name] = pool.submit(_rise, net, images, labels, loss).result() / 2**20
     return rises
 
 
-def _rise(net, images, labels) -> int:
+def _rise(net, images, labels, loss) -> int:
     torch.set_num_threads(1)
 
     def step(rows):
-        cross_entropy(net(images[:rows]), labels[:rows]).backward()
+        loss(net(images[:rows]), labels[:rows]).backward()
 
     step(2)
     _peak()

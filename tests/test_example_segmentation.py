@@ -20,9 +20,10 @@ def test_segmentation_compares_two_paths_and_draws(tmp_path):
     done = run(tmp_path, "--quick")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SYNTHETIC street scenes, not Cityscapes")
-    rows = re.findall(r"^(\w+-UNet) +([\d.]+) +([\d.]+)", done.stdout, re.M)
-    assert [name for name, *_ in rows] == ["ResNet-UNet", "NeuralODE-UNet"]
-    for _, dice, iou in rows:
+    rows = re.findall(r"^(\w+-UNet) +(\d) +([\d.]+) +([\d.]+)", done.stdout, re.M)
+    nets = "ResNet-UNet", "NeuralODE-UNet"
+    assert [row[:2] for row in rows] == [(net, seed) for seed in "01" for net in nets]
+    for *_, dice, iou in rows:
         assert 0 < float(iou) < float(dice) < 1
     pytest.importorskip("matplotlib")
     assert (tmp_path / "out" / "segmentation.png").stat().st_size > 20_000
@@ -75,4 +76,24 @@ def test_a_level_of_an_ode_is_two_residual_blocks_of_half_the_length_with_the_sa
     level, y = segmentation.ode_level(8), torch.randn(2, 8, 8, 8)
     half = y + 0.5 * level.field(torch.tensor(0.0), y)
     torch.testing.assert_close(level(y), half + 0.5 * level.field(torch.tensor(0.5), half))
-    assert segmentation.UNet(segmentation.ode_level, 5)(torch.randn(1, 3, 24, 40)).shape == (1, 5, 24, 40)
+    assert segmentation.UNet(segmentation.ode_level, 5)(torch.randn(1, 3, 32, 48)).shape == (1, 5, 32, 48)
+
+
+def test_the_loss_is_that_of_its_definition_and_sees_nothing_of_void(segmentation):
+    from flashode.datasets import VOID
+
+    labels = torch.tensor([[0, 0, 1, VOID]])[:, None]
+    given = torch.tensor([[0.7, 0.6, 0.2, 0.9], [0.3, 0.4, 0.8, 0.1]])
+    scores = given.log()[None, :, None]
+    entropy = -torch.tensor([0.7, 0.6, 0.8]).log().mean()
+    dice = torch.tensor([(2 * 1.3 + 1) / (1.5 + 2 + 1), (2 * 0.8 + 1) / (1.5 + 1 + 1)]).mean()
+    torch.testing.assert_close(segmentation.loss_of(scores, labels), entropy + 1 - dice)
+    scores[..., 3] = 7 * torch.randn(1, 2, 1)
+    torch.testing.assert_close(segmentation.loss_of(scores, labels), entropy + 1 - dice)
+
+
+def test_learning_rates_are_compared_on_scenes_held_out(tmp_path):
+    done = run(tmp_path, "--quick", "--rates", "1e-3", "0.01")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^ *(0.\d+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
+    assert [rate for rate, *_ in rows] == ["0.001", "0.01"] and "Dice" not in done.stdout
