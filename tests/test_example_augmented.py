@@ -25,4 +25,9 @@ def test_one_more_dimension_makes_maps_that_no_flow_can(tmp_path):
     for _, other_flip, other_annulus, accuracy, *_ in figures.values():
         assert other_flip < 0.05 and other_annulus < annulus / 2 and accuracy > 99
     assert figures["ANODE"][-1] < calls
+    compiled, called = (
+        float(re.search(rf"^a step, flashode{name} +([\d.]+)", done.stdout, re.M)[1])
+        for name in (", compiled", "")
+    )
+    assert compiled < called
     assert (tmp_path / "out" / "augmented.png").stat().st_size > 20_000
