@@ -22,6 +22,10 @@ def test_latent_spirals_are_learned_compared_and_drawn(tmp_path):
     assert re.search(r"^latent ODE +4,526 ", done.stdout, re.M) and re.search(
         r"^latent RNN +4,549 ", done.stdout, re.M
     )
+    radii = re.findall(r"^ +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout.split("by the true radius")[1], re.M)[
+        :3
+    ]
+    assert [row[:2] for row in radii] == [("0", "1.628"), ("1.628", "1.898"), ("1.898", "2.257")]
     times = dict(
         re.findall(r"^(compiled|not compiled|torchdiffeq, one clock) +([\d.e+]+) ", done.stdout, re.M)
     )

@@ -27,6 +27,14 @@ def test_poisson_comes_down_to_the_reports_losses(tmp_path):
     assert image.shape[0] > 500 and (image[..., :3].min(-1) < 0.3).mean() > 0.005
 
 
+def test_the_reports_rate_is_held_where_it_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    rate = runpy.run_path(str(SCRIPT))["rate"]
+    assert {rate(step, 100, 0.1) for step in range(60)} == {0.1}
+    assert rate(0, 100, None) == 0.02 > rate(59, 100, None) > 0
+    assert rate(60, 100, 0.1) == rate(60, 100, None) == 0.005
+
+
 def test_finite_differences_are_the_double_sine_series(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     x, u = runpy.run_path(str(SCRIPT))["finite_differences"](cells=100)
