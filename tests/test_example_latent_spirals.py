@@ -1,20 +1,13 @@
 """The latent spirals as a user runs them: a table of errors, a table of times, and a picture."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "latent_spirals.py"
 
-
-def test_latent_spirals_are_learned_compared_and_drawn(tmp_path):
+def test_latent_spirals_are_learned_compared_and_drawn(example, tmp_path):
     read = pytest.importorskip("matplotlib.image").imread
-    done = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = example("latent_spirals.py", "--quick")
     assert done.returncode == 0, done.stderr
     errors = re.findall(r"^ +(100|50|30) " + 4 * r" +([\d.]+)" + "$", done.stdout, re.M)
     assert [row[0] for row in errors] == ["100", "50", "30"]

@@ -2,8 +2,6 @@
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,8 @@ import torch
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "poisson.py"
 
 
-def test_poisson_comes_down_to_the_reports_losses(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+def test_poisson_comes_down_to_the_reports_losses(example, tmp_path):
+    done = example("poisson.py", "--quick")
     assert done.returncode == 0, done.stderr
     equation, boundary, distance = map(
         float, re.search(r"^here +60 +(\S+) +(\S+) +(\S+)", done.stdout, re.M).groups()
