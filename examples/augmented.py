@@ -10,9 +10,13 @@ the plane, and lifts the disc out of the ring; and a ResNet of five blocks, whos
 
 Right answer. The plain ODE stays at 1 in A1, and above the others in A2, where it takes more and more calls of its
 field. The others' losses vanish, and the calls of the ANODE soon stay as they are.
+
+A training step of the ANODE of A2 is then timed with its field compiled, called by the C++ engine, and by torchdiffeq.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import nn
@@ -22,7 +26,12 @@ import flashode
 from flashode.datasets import annulus, flip_1d
 from flashode.nn import MLPField, ODEBlock
 from pictures import save_picture
-from training import Training, parser, prepare, table
+from training import Training, parser, prepare, race, table
+
+try:
+    import torchdiffeq
+except ImportError:
+    torchdiffeq = None
 
 POINTS, BATCH, HIDDEN, BLOCKS = 4096, 128, (32, 32), 5
 MODELS = ("ODE", "ANODE", "ResNet")
@@ -73,6 +82,40 @@ def train(args, name, model, flow, points, targets, epochs, rate):
         falling.step()
         training.show(loss=sum(losses) / len(losses), nfe=sum(calls) / len(calls))
     return training.history
+
+
+def compare(model, points, targets, turns):
+    """Prints what a step of further training takes with the field compiled, called, and solved by torchdiffeq."""
+    field = model[0].field.func
+    called = nn.Sequential(ODEBlock(field, augment=1, keep_augmented=True), *model[1:])
+    models = {"flashode, compiled": model, "flashode": called}
+    if torchdiffeq is not None:
+        models["torchdiffeq"] = nn.Sequential(Torchdiffeq(field), *model[1:])
+
+    def step_of(model):
+        model = copy.deepcopy(model)
+        adam = torch.optim.Adam(model.parameters(), 1e-4)
+
+        def step():
+            adam.zero_grad()
+            mse_loss(model(points), targets).backward()
+            adam.step()
+
+        return step
+
+    race({f"a step, {name}": step_of(model) for name, model in models.items()}, turns)
+
+
+class Torchdiffeq(nn.Module):
+    """The flow with one more zero in its state, as torchdiffeq solves it."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, y):
+        y = torch.cat([y, torch.zeros_like(y[:, :1])], 1)
+        return torchdiffeq.odeint(self.field, y, torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3)[-1]
 
 
 def states(flow, points, times):
@@ -149,6 +192,7 @@ def main():
         losses, calls = (flip_histories[name]["loss"][-1], history["loss"][-1]), history["nfe"]
         rows.append([name, sum(p.numel() for p in model.parameters()), *losses, right, calls[0], calls[-1]])
     table(["model", "parameters", "A1 loss", "A2 loss", "test accuracy %", "nfe, first epoch", "last"], rows)
+    compare(classifiers["ANODE"], points[:BATCH], targets[:BATCH], 3 if args.quick else 101)
     trained = flips, flip_histories, flip_points, classifiers, histories
     save_picture(args, lambda figure: draw(figure, *trained, test_points, test_labels), (14, 6.4))
 

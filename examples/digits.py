@@ -17,9 +17,8 @@ At the end one step of ODE-Net is timed beside the same step by torchdiffeq, whe
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from classifiers import COLOURS, Trained, compare, draw_losses, draw_wrong, peak
 from flashode.datasets import digits, mnist
 from flashode.nn import ODENet, ResNet, RKNet
 from pictures import save_picture
-from training import parser, prepare, table
+from training import parser, prepare, race, table
 
 CHANNELS = 64
 
@@ -51,7 +50,7 @@ def main():
     nets["ODE-Net"].body.adjoint = None
     direct = peak_memory({"direct": nets["ODE-Net"]}, train.images[:batch], train.labels[:batch])["direct"]
     print(f"\na step of ODE-Net with gradients through the graph of its steps: {direct:.1f} MB")
-    time_a_step(nets["ODE-Net"], train, repeats=1 if args.quick else 7)
+    race_steps(nets["ODE-Net"], train, turns=1 if args.quick else 11)
     save_picture(args, lambda figure: draw(figure, trained, test), (11, 5.6))
 
 
@@ -73,22 +72,20 @@ def load(args):
     return train, test
 
 
-def time_a_step(net, train, repeats):
+def race_steps(net, train, turns):
     """Forward and backward pass of 32 images, in turns: the body's solve by flashode and by torchdiffeq."""
     try:
         import torchdiffeq
     except ImportError:
         return
     y, t = net.stem(train.images[:32]).detach(), torch.tensor([0.0, 1.0])
-    times = {"flashode": [], "torchdiffeq": []}
-    for _ in range(repeats):
-        for name, package in (("flashode", flashode), ("torchdiffeq", torchdiffeq)):
-            began = time.perf_counter()
-            end = package.odeint_adjoint(net.body.field, y, t, rtol=1e-3, atol=1e-3, method="dopri5")[-1]
-            cross_entropy(net.head(end), train.labels[:32]).backward()
-            times[name].append(1000 * (time.perf_counter() - began))
-    ours, theirs = (statistics.median(each) for each in times.values())
-    print(f"a step of ODE-Net, 32 images: flashode {ours:.1f} ms, torchdiffeq {theirs:.1f} ms")
+
+    def step_by(package):
+        end = package.odeint_adjoint(net.body.field, y, t, rtol=1e-3, atol=1e-3, method="dopri5")[-1]
+        cross_entropy(net.head(end), train.labels[:32]).backward()
+
+    packages = {"flashode": flashode, "torchdiffeq": torchdiffeq}
+    race({f"32 images, ODE-Net, {name}": partial(step_by, each) for name, each in packages.items()}, turns)
 
 
 def draw(figure, trained, test):

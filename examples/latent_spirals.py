@@ -41,6 +41,7 @@ except ImportError:
 
 NOISE, LATENT, BATCH = 0.1, 4, 64
 TURN = 2 * math.pi
+WIDEST = 1 + 0.1 * TURN  # radius that is observed; the next turn goes out to 0.1 TURN more
 
 
 # ---- models ----------------------------------------------------------------------------------
@@ -148,6 +149,17 @@ def errors(model, spirals, points):
     return (found - spirals.curves).square().mean((0, 2))
 
 
+def errors_by_radius(model, spirals):
+    """Radii from and to, and the rms distance to the true curves there, on the turn that nobody saw."""
+    with torch.no_grad():
+        found = model.reconstruct(spirals.times, spirals.values, at=spirals.grid)
+    squares, radius = (found - spirals.curves).square().mean(-1), spirals.curves.norm(dim=-1)
+    bounds = [0.0, WIDEST, WIDEST + 0.27, WIDEST + 0.1 * TURN]
+    for low, high in zip(bounds, bounds[1:]):
+        there = (spirals.grid > TURN) & (radius >= low) & (radius < high)
+        yield [low, high, squares[there].mean().sqrt().item()]
+
+
 def share_of_spirals(model):
     """The share of 1,000 new curves that go round once, to a tenth of a turn, while a spiral does."""
     with torch.no_grad():
@@ -165,6 +177,10 @@ def report(models, trained, unseen):
     headings = [f"{name}, {turn} turn" for name in models for turn in ("observed", "next")]
     print("\nrms distance of 200 other spirals to the true ones, from so many observations")
     table(["observations", *headings], rows)
+    print(
+        f"\nof the latent ODE on the next turn, from 100, by the true radius (observed: below {WIDEST:.2f})"
+    )
+    table(["radius from", "to", "rms distance"], list(errors_by_radius(models["latent ODE"], unseen)))
     print()
     rows = []
     for name, model in models.items():

@@ -170,11 +170,16 @@ def _checkpoint(args) -> dict:
         saved = torch.load(args.resume, weights_only=True)
     except OSError as error:
         sys.exit(f"{_program()}: {args.resume}: {error.strerror}")
-    except Exception as error:  # whatever torch and pickle make of bytes that are not theirs
-        sys.exit(f"{_program()}: {args.resume} is no checkpoint: {f'{error}.'.splitlines()[0]}")
+    except Exception:  # whatever torch and pickle make of bytes that are not theirs
+        sys.exit(f"{_program()}: {args.resume} {_damage(args.resume)}")
     if not isinstance(saved, dict) or set(saved) != {"made by", "trained"}:
-        sys.exit(f"{_program()}: {args.resume} is no checkpoint of an example")
+        sys.exit(
+            f"{_program()}: {args.resume} is no checkpoint of an example, though torch.save wrote it: give the .pt file "
+            "that an interrupted run names"
+        )
     then, now = saved["made by"], _made_by(args)
+    if then["program"] != now["program"]:
+        sys.exit(f"{_program()}: {args.resume} is a checkpoint of {then['program']}: resume that with it")
     for name in then | now:
         if then.get(name) != now.get(name):
             sys.exit(
@@ -182,6 +187,16 @@ def _checkpoint(args) -> dict:
                 f"{name}={now.get(name)}: give the same"
             )
     return saved["trained"]
+
+
+def _damage(path: Path) -> str:
+    """Why a file cannot be read as a checkpoint."""
+    content = path.read_bytes()
+    if not content:
+        return "is empty, and no checkpoint"
+    if content.startswith(b"PK"):  # an archive, as torch.save writes it
+        return f"is damaged: of a checkpoint only {len(content):,} bytes are there, or some were changed"
+    return "is no checkpoint: torch.save did not write it"
 
 
 def _without_resume(words: list[str]) -> list[str]:

@@ -1,7 +1,10 @@
 """Options and fixtures that all tests share."""
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +57,18 @@ def native():
     if extension.C is None:
         pytest.skip(f"no compiled extension: {extension.missing}")
     return "native"
+
+
+@pytest.fixture
+def example(tmp_path):
+    """Runs a script of examples/ as a user does, in an empty folder: ``example("moons.py", "--quick")``."""
+
+    def run(name, *args):
+        script = Path(__file__).resolve().parent.parent / "examples" / name
+        command = [sys.executable, script, *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from torch import nn
 
 import flashode
 from flashode import ArgumentError
+from flashode.nn import MLPField, ODEBlock
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
 
@@ -88,9 +89,94 @@ def test_gradients_come_one_at_a_time(net, y0):
         torch.autograd.grad(y, net.weight, torch.eye(3, dtype=F64), is_grads_batched=True)
 
 
-def test_autocast_is_refused_whether_a_program_is_there_or_not(net, y0):
+# ---- autocast --------------------------------------------------------------------------------
+
+
+def bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("adjoint", [None, "checkpoint", "backsolve"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_leaves_a_program_alone(adjoint, dtype):
+    """What it gives is what the called field gives without autocast, from the same start in float32."""
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    start = torch.randn(5, 2).to(dtype)
+    solver = {"rtol": 1e-4, "atol": 1e-4}
+    if adjoint:
+        solver |= {"adjoint": adjoint, "adjoint_params": tuple(net.parameters())}
+    solve = flashode.odeint_adjoint if adjoint else flashode.odeint
+
+    def solved(func, y0):
+        y = solve(func, y0, T, **solver)
+        inputs = [y0, *net.parameters()]
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
     compiled = flashode.compile(lambda t, y: net(y))
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ArgumentError, match="autocast"):
-            flashode.odeint(compiled, y0, T)
-        flashode.odeint(compiled, y0, T)
+    for _ in range(2):  # with a program to be made, and with one that is there
+        with bfloat16():
+            y, of_start, *of_net = solved(compiled, start.clone().requires_grad_())
+        expected = solved(compiled.func, start.float().requires_grad_())
+        assert y.dtype == torch.float32 and of_start.dtype == dtype
+        for found, right in zip([y, *of_net], [expected[0], *expected[2:]]):
+            torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(of_start, expected[1].to(dtype), rtol=1e-2, atol=1e-3)
+
+
+def test_a_block_is_trained_in_mixed_precision():
+    stem, head = nn.Linear(3, 2), nn.Linear(2, 1)
+    block = ODEBlock(flashode.compile(MLPField(2, (8,))))
+    parameters = [p for part in (stem, block, head) for p in part.parameters()]
+    x = torch.randn(6, 3)
+
+    def gradients(block):
+        with bfloat16():
+            state = stem(x)
+            assert state.dtype == torch.bfloat16
+            loss = head(block(state)).square().mean()
+        return torch.autograd.grad(loss, parameters)
+
+    class Called(nn.Module):
+        def forward(self, y):
+            with torch.autocast("cpu", enabled=False):
+                return ODEBlock(block.field.func)(y.float())
+
+    for found, right in zip(gradients(block), gradients(Called())):
+        assert found.abs().max() > 0
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_takes_members_and_args_of_16_bits_to_float32():
+    w = torch.randn(2, 2)
+
+    def func(t, state, c):
+        return state[0] @ w * c, c * state[1]
+
+    state, c = (torch.ones(3, 2).bfloat16(), torch.ones(3, 1)), torch.full((3, 1), 0.5).half()
+    wide = tuple(x.float() for x in state)
+    t = T.float()
+    for options in {}, {"batched": True}:
+        call = dict(rtol=1e-5, atol=1e-6, options=options)
+        expected = flashode.odeint(func, wide, t, args=(c.float(),), **call)
+        with bfloat16():
+            found = flashode.odeint(flashode.compile(func), state, t, args=(c,), **call)
+        for x, y in zip(found, expected):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_is_that_of_the_call_where_the_field_is_called(net, y0):
+    seen = set()
+
+    def func(t, y):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return -y
+
+    with bfloat16():
+        flashode.odeint(flashode.compile(func), y0, T, engine="native")
+    assert seen == {True}
+
+
+def test_states_of_16_bits_are_refused_without_autocast():
+    start = torch.ones(3, 2).bfloat16()
+    with pytest.raises(ArgumentError, match=r"bfloat16 states; solve from y0.float\(\)"):
+        flashode.odeint(flashode.compile(lambda t, y: -y), start, T, method="rk4")

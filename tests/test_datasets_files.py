@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from flashode import ArgumentError
+from flashode import ArgumentError, ArgumentTypeError
 from flashode.datasets import CITYSCAPES_CLASSES, VOID, cifar10, cityscapes, mnist
 
 # ---- MNIST -----------------------------------------------------------------------------------
@@ -67,6 +67,12 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
             "expected 3,920 bytes of 5x28x28 numbers after the header, found 3,919",
         ),
         (IMAGES, idx(MNIST[IMAGES]) + b"x", "found 3,921"),
+        (
+            IMAGES,
+            idx(MNIST[IMAGES])[:4] + struct.pack("<3I", 5, 28, 28) + bytes(3920),
+            "struct.pack('>I', n) writes it, found sizes 5x28x28 so",
+        ),
+        (LABELS, struct.pack("<I", 0x801) + idx(MNIST[LABELS])[4:], "highest byte of a number first, "),
         (IMAGES, idx(random_bytes(0, 28, 28)), "of 0x28x28 numbers"),
         (IMAGES, idx(random_bytes(5, 8, 8)), "expected images of 28x28 pixels, found 8x8"),
         (LABELS, idx(MNIST[LABELS][:4]), "expected 5 labels, one for every image, found 4"),
@@ -97,6 +103,21 @@ def test_a_damaged_gz_is_named(tmp_path, damage):
 def test_a_missing_folder_is_named_with_what_belongs_there(tmp_path, read):
     with pytest.raises(ArgumentError, match="nowhere: no such folder. (MNIST|CIFAR-10|Cityscapes) is"):
         read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("read", [mnist, cifar10, cityscapes])
+@pytest.mark.parametrize("folder", [None, 3, True, b"here"])
+def test_a_folder_is_a_path(read, folder):
+    with pytest.raises(
+        ArgumentTypeError, match="folder must be a path, got .* (MNIST|CIFAR-10|Cityscapes) is"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("size", [None, 3, (0, 4), (4,), (1.5, 2), "ab"])
+def test_a_size_is_two_numbers_of_pixels(tmp_path, size):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match="^size"):
+        cityscapes(tmp_path, size=size)
 
 
 # ---- CIFAR-10 --------------------------------------------------------------------------------

@@ -107,10 +107,24 @@ def test_scenes_of_fewer_classes_are_labelled_by_their_places():
         (lambda: scenes(1, classes=("sky", "cat")), "must be different ones of"),
         (lambda: scenes(1, classes=("sky", "sky")), "must be different ones of"),
         (lambda: scenes(0), "n must be at least 1"),
-        (lambda: scenes(1, size=8), "size at least 16, got n=1 and size=8"),
-        (lambda: shapes(1, size=4), "size at least 8, got n=1 and size=4"),
+        (lambda: scenes(1, size=8), "size must be at least 16, got 8"),
+        (lambda: shapes(1, size=4), "size must be at least 8, got 4"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(call, message):
     with pytest.raises(flashode.ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize("draw", [shapes, scenes])
+@pytest.mark.parametrize("value", [1.5, True, None, "5", float("nan")])
+def test_what_is_no_whole_number_is_refused(draw, value):
+    for name, call in (("n", {"n": value}), ("size", {"n": 1, "size": value})):
+        with pytest.raises(flashode.ArgumentTypeError, match=f"{name} must be an int"):
+            draw(**call)
+
+
+@pytest.mark.parametrize("classes", [None, 3, "sky"])
+def test_classes_are_several_names(classes):
+    with pytest.raises(flashode.ArgumentTypeError, match="classes must be several of"):
+        scenes(1, classes=classes)

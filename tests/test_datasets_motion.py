@@ -103,11 +103,10 @@ def test_a_generator_makes_the_same_spirals_again():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: spiral_trajectories(0), "n must be a positive integer, got 0"),
-        (lambda: spiral_trajectories(3, points=2.5), "points must be a positive integer, got 2.5"),
-        (lambda: spiral_trajectories(3, noise=-1.0), "noise must not be negative"),
-        (lambda: spiral_trajectories(3, noise=math.nan), "noise must not be negative"),
-        (lambda: spiral_trajectories(3, duration=0.0), "duration positive"),
+        (lambda: spiral_trajectories(0), "n must be at least 1, got 0"),
+        (lambda: spiral_trajectories(3, noise=-1.0), "noise must be finite and not negative"),
+        (lambda: spiral_trajectories(3, noise=math.nan), "noise must be finite and not negative"),
+        (lambda: spiral_trajectories(3, duration=0.0), "duration must be finite and positive"),
         (lambda: pendulum(torch.arange(3.0), (1.0, 2.0, 3.0)), r"y0 must be two numbers .* got shape \(3,\)"),
         (lambda: lotka_volterra(torch.arange(3.0), 1.0), r"y0 must be two numbers .* got shape \(\)"),
         (lambda: linear_spiral(torch.arange(3.0), torch.ones(2, 3)), r"A must be a D x D matrix"),
@@ -115,4 +114,24 @@ def test_a_generator_makes_the_same_spirals_again():
 )
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(flashode.ArgumentError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: spiral_trajectories(True), "n must be an int, a whole number of 1 or more, got bool True"),
+        (lambda: spiral_trajectories(3, points=2.5), "points must be an int, .* got float 2.5"),
+        (lambda: spiral_trajectories(3, noise="a"), "noise must be a number, a standard deviation, got str 'a'"),
+        (lambda: spiral_trajectories(3, dtype=torch.int64), "dtype must be torch.float32 or torch.float64"),
+        (lambda: lotka_volterra(3), "t must be a torch.Tensor, got int 3"),
+        (lambda: pendulum([0.0, 1.0]), "t must be a torch.Tensor, got list"),
+        (lambda: linear_spiral(torch.arange(3)), "`t` must be a floating point Tensor but is a torch.int64"),
+        (lambda: pendulum(torch.arange(3.0), None), "y0 must be numbers, nested evenly, .* got None"),
+        (lambda: linear_spiral(torch.arange(3.0), [[1.0], [1.0, 2.0]]), "A must be numbers, .* got list"),
+        (lambda: lotka_volterra(torch.arange(3.0), torch.ones(2) * 1j), "y0 must be real"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_type_is_refused(call, message):
+    with pytest.raises(flashode.ArgumentTypeError, match=message):
         call()

@@ -153,7 +153,12 @@ def test_an_image_can_be_a_file(tmp_path):
     [
         (lambda: datasets.moons(0), ArgumentError, "n must be at least 1, got 0"),
         (lambda: datasets.pinwheel(-3), ArgumentError, "n must be at least 1, got -3"),
-        (lambda: datasets.annulus(10.0), ArgumentTypeError, r"n must be an int, .* got 10\.0"),
+        (lambda: datasets.annulus(10.0), ArgumentTypeError, r"n must be an int, .* got float 10\.0"),
+        (lambda: datasets.moons(True), ArgumentTypeError, "n must be an int, .* got bool True"),
+        (lambda: datasets.two_spirals("5" * 1000), ArgumentTypeError, r"n must be an int, .* got str '5{12}\.\.\."),
+        (lambda: datasets.checkerboard(10**30), ArgumentError, r"n must be at least 1 and below 2\*\*63, got 10"),
+        (lambda: datasets.moons(3, noise=10**400), ArgumentError, "noise must be finite and not negative"),
+        (lambda: datasets.image_points(torch.zeros(2, 2), 5, threshold="a"), ArgumentError, "threshold must be"),
         (lambda: datasets.circles(3, noise=-1), ArgumentError, "noise must be finite and not negative, got -1"),
         (lambda: datasets.pinwheel(3, noise="0"), ArgumentTypeError, "noise must be a number"),
         (lambda: datasets.image_points(torch.zeros(3, 4, 4), 5), ArgumentError, r"grey, .* got shape \(3, 4, 4\)"),
@@ -170,3 +175,15 @@ def test_an_image_can_be_a_file(tmp_path):
 def test_what_cannot_be_drawn_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("generator", [0, True, "0", torch.Generator])
+@pytest.mark.parametrize(
+    "draw",
+    [datasets.moons, datasets.circles, datasets.pinwheel, datasets.eight_gaussians, datasets.checkerboard,
+     datasets.two_spirals, datasets.annulus, datasets.flip_1d, datasets.shapes, datasets.scenes,
+     datasets.spiral_trajectories, lambda n, generator: datasets.image_points(torch.zeros(2, 2), n, generator=generator)],
+)  # fmt: skip
+def test_a_number_is_no_generator(draw, generator):
+    with pytest.raises(ArgumentTypeError, match=r"generator must be a torch.Generator .*; a seeded one is"):
+        draw(3, generator=generator)

@@ -1,20 +1,13 @@
 """The example augmented.py as a user runs it."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "augmented.py"
 
-
-def test_one_more_dimension_makes_maps_that_no_flow_can(tmp_path):
+def test_one_more_dimension_makes_maps_that_no_flow_can(example, tmp_path):
     pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = example("augmented.py", "--quick")
     assert done.returncode == 0, done.stderr
     figures = {
         name: [float(x.replace(",", "")) for x in re.search(rf"^{name} +(.*)$", done.stdout, re.M)[1].split()]
@@ -25,4 +18,9 @@ def test_one_more_dimension_makes_maps_that_no_flow_can(tmp_path):
     for _, other_flip, other_annulus, accuracy, *_ in figures.values():
         assert other_flip < 0.05 and other_annulus < annulus / 2 and accuracy > 99
     assert figures["ANODE"][-1] < calls
+    compiled, called = (
+        float(re.search(rf"^a step, flashode{name} +([\d.]+)", done.stdout, re.M)[1])
+        for name in (", compiled", "")
+    )
+    assert compiled < called
     assert (tmp_path / "out" / "augmented.png").stat().st_size > 20_000

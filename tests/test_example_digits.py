@@ -12,13 +12,8 @@ pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(folder, name, *args):
-    command = [sys.executable, EXAMPLES / name, *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def test_digits_compares_four_nets_and_draws(tmp_path):
-    done = run(tmp_path, "digits.py", "--quick")
+def test_digits_compares_four_nets_and_draws(example, tmp_path):
+    done = example("digits.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert "1,198 training images, 599 test images" in done.stdout
     rows = {
@@ -34,8 +29,8 @@ def test_digits_compares_four_nets_and_draws(tmp_path):
     assert (tmp_path / "out" / "digits.png").stat().st_size > 20_000
 
 
-def test_digits_reads_mnist_or_says_what_is_missing(tmp_path):
-    done = run(tmp_path, "digits.py", "--data", "here")
+def test_digits_reads_mnist_or_says_what_is_missing(example, tmp_path):
+    done = example("digits.py", "--data", "here")
     assert done.returncode == 1
     assert done.stderr.startswith(
         "digits.py: here: no such folder. MNIST is four files: train-images-idx3-ubyte"
@@ -48,7 +43,7 @@ def test_digits_reads_mnist_or_says_what_is_missing(tmp_path):
         header = b"\0\0\x08\x03" + sizes + 2 * bytes((0, 0, 0, 28))
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(header + images)
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + sizes + labels)
-    done = run(tmp_path, "digits.py", "--quick", "--data", ".")
+    done = example("digits.py", "--quick", "--data", ".")
     assert done.returncode == 0, done.stderr
     assert "MNIST from .: 40 training images, 20 test images" in done.stdout
 

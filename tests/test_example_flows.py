@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,17 +11,22 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(folder, name):
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--quick"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    read = pytest.importorskip("matplotlib.image").imread
-    assert read(folder / "out" / f"{name}.png").shape[1] > 500
-    return done.stdout
+@pytest.fixture
+def text_of(example, tmp_path):
+    """What an example prints, which draws too."""
+
+    def run(name):
+        done = example(f"{name}.py", "--quick")
+        assert done.returncode == 0, done.stderr
+        read = pytest.importorskip("matplotlib.image").imread
+        assert read(tmp_path / "out" / f"{name}.png").shape[1] > 500
+        return done.stdout
+
+    return run
 
 
-def test_flows_learn_four_densities(tmp_path):
-    text = run(tmp_path, "flows")
+def test_flows_learn_four_densities(text_of):
+    text = text_of("flows")
     for name in ("circles", "moons", "eight_gaussians", "image"):
         nll, least, distance, calls, round_trip, _ = map(
             float, re.search(rf"^{name} +(.*)$", text, re.M)[1].split()
@@ -33,8 +37,8 @@ def test_flows_learn_four_densities(tmp_path):
     assert float(times["compiled"]) == 1 and float(times["called from Python"]) > 1
 
 
-def test_flow_matching_is_sampled_alike_by_all(tmp_path):
-    text = run(tmp_path, "flow_matching")
+def test_flow_matching_is_sampled_alike_by_all(text_of):
+    text = text_of("flow_matching")
     rows = re.findall(
         r"^(dopri5|midpoint) +(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +(\S+) +(\S+)$", text, re.M
     )

@@ -1,20 +1,13 @@
 """The latent spirals as a user runs them: a table of errors, a table of times, and a picture."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "latent_spirals.py"
 
-
-def test_latent_spirals_are_learned_compared_and_drawn(tmp_path):
+def test_latent_spirals_are_learned_compared_and_drawn(example, tmp_path):
     read = pytest.importorskip("matplotlib.image").imread
-    done = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = example("latent_spirals.py", "--quick")
     assert done.returncode == 0, done.stderr
     errors = re.findall(r"^ +(100|50|30) " + 4 * r" +([\d.]+)" + "$", done.stdout, re.M)
     assert [row[0] for row in errors] == ["100", "50", "30"]
@@ -22,6 +15,10 @@ def test_latent_spirals_are_learned_compared_and_drawn(tmp_path):
     assert re.search(r"^latent ODE +4,526 ", done.stdout, re.M) and re.search(
         r"^latent RNN +4,549 ", done.stdout, re.M
     )
+    radii = re.findall(r"^ +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout.split("by the true radius")[1], re.M)[
+        :3
+    ]
+    assert [row[:2] for row in radii] == [("0", "1.628"), ("1.628", "1.898"), ("1.898", "2.257")]
     times = dict(
         re.findall(r"^(compiled|not compiled|torchdiffeq, one clock) +([\d.e+]+) ", done.stdout, re.M)
     )

@@ -1,20 +1,13 @@
 """The example linear_spiral.py as a user runs it."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "linear_spiral.py"
 
-
-def test_spirals_are_learned_to_their_noise(tmp_path):
+def test_spirals_are_learned_to_their_noise(example, tmp_path):
     pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = example("linear_spiral.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"^ +15 +([\d.e-]+)$", done.stdout, re.M)[1]) < 1e-4
     assert float(re.search(r"worst error ([\d.]+)", done.stdout)[1]) < 0.01

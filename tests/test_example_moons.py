@@ -1,20 +1,13 @@
 """The example moons.py as a user runs it."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "moons.py"
 
-
-def test_moons_are_told_apart(tmp_path):
+def test_moons_are_told_apart(example, tmp_path):
     pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = example("moons.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"test accuracy: ([\d.]+) %", done.stdout)[1]) > 99.5
     assert re.search(r"^an epoch, flashode, compiled +[\d.]+ +[\d.]+$", done.stdout, re.M)

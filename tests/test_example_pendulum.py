@@ -1,19 +1,12 @@
 """examples/pendulum.py as a user runs it: energy bounded by leapfrog, and a learned one of the true shape."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pendulum.py"
 
-
-def test_pendulum_keeps_its_energy_and_learns_it(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+def test_pendulum_keeps_its_energy_and_learns_it(example, tmp_path):
+    done = example("pendulum.py", "--quick")
     assert done.returncode == 0, done.stderr
     halves = dict(
         (name, (float(first), float(second)))

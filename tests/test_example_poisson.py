@@ -2,8 +2,6 @@
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,8 @@ import torch
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "poisson.py"
 
 
-def test_poisson_comes_down_to_the_reports_losses(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+def test_poisson_comes_down_to_the_reports_losses(example, tmp_path):
+    done = example("poisson.py", "--quick")
     assert done.returncode == 0, done.stderr
     equation, boundary, distance = map(
         float, re.search(r"^here +60 +(\S+) +(\S+) +(\S+)", done.stdout, re.M).groups()
@@ -25,6 +21,14 @@ def test_poisson_comes_down_to_the_reports_losses(tmp_path):
     read = pytest.importorskip("matplotlib.image").imread
     image = read(tmp_path / "out" / "poisson.png")
     assert image.shape[0] > 500 and (image[..., :3].min(-1) < 0.3).mean() > 0.005
+
+
+def test_the_reports_rate_is_held_where_it_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    rate = runpy.run_path(str(SCRIPT))["rate"]
+    assert {rate(step, 100, 0.1) for step in range(60)} == {0.1}
+    assert rate(0, 100, None) == 0.02 > rate(59, 100, None) > 0
+    assert rate(60, 100, 0.1) == rate(60, 100, None) == 0.005
 
 
 def test_finite_differences_are_the_double_sine_series(monkeypatch):

@@ -1,19 +1,12 @@
 """examples/solvers.py as a user runs it: the orders that it measures, and its picture."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "solvers.py"
 
-
-def test_solvers_measures_orders_one_and_four(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+def test_solvers_measures_orders_one_and_four(example, tmp_path):
+    done = example("solvers.py", "--quick")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(Lotka-Volterra|pendulum) +(euler|rk4) +(\d) +([\d.]+)", done.stdout, re.M)
     assert len(rows) == 4

@@ -396,3 +396,20 @@ def test_a_block_refuses_states_without_features():
         ODEBlock(growth)((batch(3), batch(3)))
     with pytest.raises(ArgumentError, match="y has no axis of features to augment"):
         ODEBlock(growth, augment=1)(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, None, "5", 10**30])
+def test_sizes_of_fields_are_whole_numbers(size):
+    for make, name in (
+        (lambda n: MLPField(n), "dim"),
+        (lambda n: MLPField(2, (8, n)), r"hidden\[1\]"),
+        (lambda n: ConvField(n), "channels"),
+        (lambda n: ConcatLinear(n, 2), "in_features"),
+        (lambda n: ConcatSquashLinear(2, n), "out_features"),
+        (lambda n: ConcatConv2d(n, 2, 3), "in_channels"),
+        (lambda n: ConcatSquashConv2d(2, n, 3), "out_channels"),
+    ):
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=f"^{name} must be"):
+            make(size)
+    with pytest.raises(ArgumentTypeError, match="activation is the class Tanh; give an instance"):
+        MLPField(2, activation=nn.Tanh)

@@ -384,10 +384,36 @@ def test_a_flow_refuses_what_it_cannot_use(kwargs, error, message):
         (lambda flow: flow.inverse([0.0, 0.0]), ArgumentTypeError, "points must be a Tensor, got list"),
         (lambda flow: flow.log_prob(torch.zeros(2), t=1.5), ArgumentError, "t must be from 0 to 1, got 1.5"),
         (lambda flow: flow.log_prob(torch.zeros(1, 2).long()), ArgumentTypeError, "floating point"),
-        (lambda flow: GatedSum(0), ArgumentError, "dim must be a positive int, got 0"),
-        (lambda flow: GatedSum(2, units=1.5), ArgumentError, "units must be a positive int, got 1.5"),
+        (lambda flow: GatedSum(0), ArgumentError, "dim must be at least 1, got 0"),
+        (lambda flow: GatedSum(2, units=1.5), ArgumentTypeError, "units must be an int, .* got float 1.5"),
     ],
 )  # fmt: skip
 def test_points_of_another_size_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call(CNF(MLPField(2, (4,))))
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_an_empty_batch_has_empty_densities(trace):
+    flow = CNF(MLPField(2, (4,)), trace=trace)
+    for shape in (0, 2), (4, 0, 2):
+        x = torch.zeros(shape)
+        assert flow.log_prob(x).shape == shape[:-1] and flow(x).shape == flow.inverse(x).shape == shape
+        assert [y.shape for y in flow.log_prob_and_costs(x)] == [shape[:-1]] * 3
+    assert flow.sample(0).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda flow: flow.sample(-1), ArgumentError, "sample_shape must be at least 0, got -1"),
+        (lambda flow: flow.rsample((2, 1.5)), ArgumentTypeError, "sample_shape must be an int, .* got float 1.5"),
+        (lambda flow: flow.sample(None), ArgumentTypeError, "sample_shape must be an int, .* got None"),
+        (lambda flow: flow.sample(True), ArgumentTypeError, "sample_shape must be an int, .* got bool True"),
+        (lambda flow: flow.sample(3, "a"), ArgumentTypeError, "t must be a number, a time of the flow, got str 'a'"),
+        (lambda flow: CNF(MLPField(2), t=(0, 10**400)), ArgumentTypeError, "t must be two numbers"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(CNF(MLPField(2, (4,))))

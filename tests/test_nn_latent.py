@@ -346,9 +346,20 @@ def test_times_to_decode_at_are_in_order_too():
 
 def test_a_model_of_other_sizes_is_refused():
     times, values, mask = series()
-    with pytest.raises(flashode.ArgumentError, match="noise must be positive, got 0"):
+    with pytest.raises(flashode.ArgumentError, match="noise must be finite and positive, got 0"):
         LatentODE(RNNEncoder(2, 3), Field(3), nn.Linear(3, 2), noise=0)
     model = model_of()
     model.decoder = nn.Linear(3, 1, dtype=F64)
     with pytest.raises(flashode.ArgumentError, match=re.escape("decoder must return of shape (4, 6, 2)")):
         model.elbo(times, values, mask)
+
+
+@pytest.mark.parametrize("size", [0, 1.5, True, None, "5", 10**30])
+def test_sizes_are_whole_numbers(size):
+    errors = flashode.ArgumentError, flashode.ArgumentTypeError
+    for name in ("dim", "latent", "hidden"):
+        sizes = {"dim": 2, "latent": 3, "hidden": 4, name: size}
+        with pytest.raises(errors, match=f"^{name} must be"):
+            RNNEncoder(**sizes)
+        with pytest.raises(errors, match=f"^{name} must be"):
+            ODERNNEncoder(**sizes, field=lambda t, h: -h)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashode import ArgumentError
+from flashode import ArgumentError, ArgumentTypeError
 from flashode.nn import ConvField, ODEBlock, ODENet, ResidualBlock, ResNet, RKNet
 
 F64 = torch.float64
@@ -95,7 +95,9 @@ def test_odenet_solves_backwards_for_its_gradients():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [0, 2.0])
-def test_rknet_refuses_steps_that_are_none(steps):
-    with pytest.raises(ArgumentError, match="steps must be a whole number, 1 or more"):
-        RKNet(steps)
+@pytest.mark.parametrize("size", [0, 2.0, True, None, "5", 10**30])
+def test_sizes_are_whole_numbers(size):
+    for net, name in ((RKNet, "steps"), (ResNet, "blocks")):
+        for name in (name, "channels", "in_channels", "classes"):
+            with pytest.raises((ArgumentError, ArgumentTypeError), match=f"^{name} must be"):
+                net(**{name: size})

@@ -251,8 +251,12 @@ def test_a_model_learns_the_size_of_the_noise():
     [
         ({"t": torch.tensor([1.0, 0.0])}, ArgumentError, "t must be finite and strictly increasing"),
         ({"t": [0.0, 1.0]}, ArgumentTypeError, "t must be a floating point Tensor"),
-        ({"step_size": 0}, ArgumentError, "step_size must be positive and finite, got 0"),
-        ({"step_size": "0.1"}, ArgumentTypeError, "step_size must be a number, got str"),
+        ({"step_size": 0}, ArgumentError, "step_size must be finite and positive, got 0"),
+        (
+            {"step_size": "0.1"},
+            ArgumentTypeError,
+            "step_size must be a number, the length of a step, got str",
+        ),
         ({"method": "heun"}, ArgumentError, "method must be one of .*'milstein'.*, got 'heun'"),
         ({"noise": torch.zeros(3, 2)}, ArgumentError, r"each of the 10 steps: shape \(10, 2\), got \(3, 2\)"),
         ({"noise": torch.zeros(10, 2), "generator": 1}, ArgumentError, "give one of them"),
@@ -272,3 +276,16 @@ def test_what_cannot_be_used_is_named(change, error, message):
     call = {"drift": growth, "diffusion": growing_noise, "y0": torch.ones(2), "t": ENDS, "step_size": 0.1}
     with pytest.raises(error, match=message):
         sdeint(**(call | change))
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 2**70])
+def test_a_seed_has_64_bits(seed):
+    with pytest.raises(ArgumentError, match="generator must be a seed of 64 bits, from -2.*, got"):
+        sdeint(
+            lambda t, y: -y,
+            lambda t, y: y,
+            torch.ones(1),
+            torch.tensor([0.0, 1.0]),
+            step_size=0.5,
+            generator=seed,
+        )

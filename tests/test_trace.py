@@ -354,11 +354,6 @@ def test_exceptions_of_func_pass_unchanged():
         trace(func, T, state())
 
 
-def test_autocast_is_refused():
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(CompileError, match="autocast"):
-        trace(lambda t, y: y, T, state())
-
-
 def test_numbers_that_slip_out_unseen_are_noticed():
     def func(t, y):
         return y * torch.from_dlpack(torch._C._to_dlpack(y))

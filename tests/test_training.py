@@ -169,16 +169,27 @@ def test_a_finished_run_can_be_resumed_and_trains_no_more(folder):
     ("content", "message"),
     [
         (None, "lines.py: some.pt: No such file or directory\n"),
-        (b"words\n", "lines.py: some.pt is no checkpoint: "),
-        (b"", "lines.py: some.pt is no checkpoint: "),
-        ({"weight": torch.zeros(2)}, "lines.py: some.pt is no checkpoint of an example\n"),
-        (torch.zeros(2), "lines.py: some.pt is no checkpoint of an example\n"),
+        (b"words\n", "lines.py: some.pt is no checkpoint: torch.save did not write it\n"),
+        (bytes(50), "lines.py: some.pt is no checkpoint: torch.save did not write it\n"),
+        (b"", "lines.py: some.pt is empty, and no checkpoint\n"),
+        ("half", "lines.py: some.pt is damaged: of a checkpoint only "),
+        ("folder", "lines.py: some.pt: Is a directory\n"),
+        (
+            {"weight": torch.zeros(2)},
+            "lines.py: some.pt is no checkpoint of an example, though torch.save wrote it: ",
+        ),
+        (torch.zeros(2), "lines.py: some.pt is no checkpoint of an example, though torch.save wrote it: "),
     ],
-    ids=["nothing", "words", "empty", "state_dict", "tensor"],
+    ids=["nothing", "words", "zeros", "empty", "half", "folder", "state_dict", "tensor"],
 )
 def test_what_is_no_checkpoint_is_named(folder, content, message):
     if isinstance(content, bytes):
         Path("some.pt").write_bytes(content)
+    elif isinstance(content, str) and content == "folder":
+        Path("some.pt").mkdir()
+    elif isinstance(content, str) and content == "half":
+        interrupted("first", 2)
+        Path("some.pt").write_bytes(Path("out/lines.pt").read_bytes()[:1000])
     elif content is not None:
         torch.save(content, "some.pt")
     done = run("--resume", "some.pt")
@@ -204,7 +215,7 @@ def test_checkpoints_of_other_programs_and_of_earlier_versions_are_refused(folde
     text = Path("lines.py").read_text()
     Path("other.py").write_text(text)
     done = run("--resume", "out/lines.pt", program="other.py")
-    assert "was made with program=lines.py, and this run has program=other.py" in done.stderr
+    assert done.stderr == "other.py: out/lines.pt is a checkpoint of lines.py: resume that with it\n"
     for old, new, message in (
         ("torch.nn.Linear(args.width, 1)", "torch.nn.Linear(args.width, 2)", "does not fit first"),
         ("falling=falling", "later=falling", "does not fit first"),

@@ -17,7 +17,7 @@ from .errors import ArgumentError, ArgumentTypeError, Status
 from .events import Inquiry, events_of
 from .options import warn_of_idle_stops
 from .problem import Problem
-from .program import CompiledField
+from .program import CompiledField, apart_from_autocast
 from .progress import require_progress, shown
 from .pytrees import Tree
 from .solution import Solution, finish
@@ -83,8 +83,9 @@ def _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, engine, pr
         if ys is not None:
             return ys
     problem, solution = _solve(
-        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, True
-    )
+        func, y0, t, rtol, atol, method, options, event_fn,
+        args=args, engine=engine, progress=progress, throw=True,
+    )  # fmt: skip
     return _returned(event_fn, problem, solution)
 
 
@@ -121,8 +122,9 @@ def solve(
     if tree is not None:
         func, y0, rtol, atol, options, event_fn = _of_tuples(tree, func, y0, rtol, atol, options, event_fn)
     problem, solution = _solve(
-        func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense
-    )
+        func, y0, t, rtol, atol, method, options, event_fn,
+        args=args, engine=engine, progress=progress, throw=throw, dense=dense,
+    )  # fmt: skip
     if problem.events and solution.status == Status.EVENT:
         solution.event_t, solution.ys = event_gradients.attach(
             problem, problem.events, solution.event_index, solution.event_t, solution.ys
@@ -173,7 +175,10 @@ def _of_tuples(tree, func, y0, rtol, atol, options, event_fn):
     )  # fmt: skip
 
 
-def _solve(func, y0, t, rtol, atol, method, options, event_fn, args, engine, progress, throw, dense=False):
+@apart_from_autocast
+def _solve(
+    func, y0, t, rtol, atol, method, options, event_fn, *, args, engine, progress, throw, dense=False
+):  # fmt: skip
     require_progress(progress)
     if batched.asked_for(options):
         batched.require_one_clock(progress, dense)
@@ -216,6 +221,7 @@ def _returned(event_fn, problem: Problem, solution: Solution):
 
 
 @transforms.outside_graphs
+@apart_from_autocast
 def odeint_adjoint(
     func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None, adjoint_method=None, adjoint_options=None,
@@ -349,6 +355,7 @@ def odeint_event(func, y0, t0, *, event_fn, reverse_time=False, odeint_interface
     return result if index < 0 else event_gradients.attach(problem, inquiry.events, index, *result)
 
 
+@apart_from_autocast
 def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=()) -> str:
     """Which engine ``engine="auto"`` takes for a call, and why the others decline; nothing is solved."""
     tree = Tree.of(y0)

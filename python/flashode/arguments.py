@@ -10,6 +10,7 @@ import difflib
 import math
 import numbers
 import operator
+import reprlib
 import warnings
 
 import torch
@@ -25,7 +26,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.com
 def kind_of(value) -> str:
     """A value for an error message: short ones as they are, others by type and shape."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
-        return f"{type(value).__name__} {value!r}" if value is not None else "None"
+        return f"{type(value).__name__} {reprlib.repr(value)}" if value is not None else "None"
     if isinstance(value, torch.Tensor) and not value.is_nested:
         return f"a Tensor of shape {tuple(value.shape)}"
     return type(value).__name__
@@ -296,6 +297,36 @@ def real_number(value) -> float | None:
         return float(value)
     except OverflowError:  # an int beyond the floats
         return math.inf if value > 0 else -math.inf
+
+
+def require_whole(name, value, least=1):
+    """Refuses what is no number of things: sizes and counts, as far as torch counts."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(
+            f"{name} must be an int, a whole number of {least} or more, got {kind_of(value)}"
+        )
+    if not least <= value < 2**63:
+        most = "" if value < least else " and below 2**63"
+        raise ArgumentError(f"{name} must be at least {least}{most}, got {reprlib.repr(value)}")
+
+
+def require_number(name, value, what, zero=False):
+    """Refuses what is no positive number; with ``zero`` 0 will do. ``what`` says what it is."""
+    number = None if isinstance(value, torch.Tensor) else real_number(value)
+    if number is None:
+        raise ArgumentTypeError(f"{name} must be a number, {what}, got {kind_of(value)}")
+    if not (math.isfinite(number) and (number >= 0 if zero else number > 0)):
+        least = "not negative" if zero else "positive"
+        raise ArgumentError(f"{name} must be finite and {least}, got {reprlib.repr(value)}; it is {what}")
+
+
+def require_generator(generator):
+    """Refuses what draws no random numbers."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentTypeError(
+            f"generator must be a torch.Generator or None, got {kind_of(generator)}; a seeded one is "
+            "torch.Generator().manual_seed(0)"
+        )
 
 
 def require_plausible(rtol, atol):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import os
 import pickle
 import struct
 import zlib
@@ -10,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ArgumentError
+from ..arguments import kind_of, require_whole
+from ..errors import ArgumentError, ArgumentTypeError
 from .images import Labelled
 
 VOID = 255
@@ -19,6 +22,9 @@ VOID = 255
 _MNIST = (
     "MNIST is four files: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
     "t10k-labels-idx1-ubyte, with or without .gz, as Yann LeCun published them and others copy them"
+)
+_LITTLE_ENDIAN = (
+    "expected a header with the highest byte of a number first, as struct.pack('>I', n) writes it"
 )
 _CIFAR10 = (
     "CIFAR-10 is the files data_batch_1 to data_batch_5 and test_batch of the archive that Alex Krizhevsky's page "
@@ -92,6 +98,8 @@ def _read_idx(path, dims) -> torch.Tensor:
     ) as error:  # OSError is also what gzip calls a file that is none of its own
         raise ArgumentError(f"{path}: cannot be read, {error}. {_MNIST}") from None
     magic, begin = bytes((0, 0, 8, dims)), 4 + 4 * dims
+    if content[:4] == magic[::-1]:
+        raise ArgumentError(f"{path}: {_LITTLE_ENDIAN}, found {content[:4].hex()} in front. {_MNIST}")
     if content[:4] != magic:
         raise ArgumentError(
             f"{path}: expected to begin with {magic.hex()}, found {content[:4].hex() or 'nothing'}. {_MNIST}"
@@ -101,7 +109,9 @@ def _read_idx(path, dims) -> torch.Tensor:
             f"{path}: expected a header of {begin} bytes, found {len(content)} in all. {_MNIST}"
         )
     shape = struct.unpack(f">{dims}I", content[4:begin])
-    size = torch.Size(shape).numel()
+    size, little = math.prod(shape), struct.unpack(f"<{dims}I", content[4:begin])
+    if len(content) == begin + math.prod(little) != begin + size:
+        raise ArgumentError(f"{path}: {_LITTLE_ENDIAN}, found sizes {_by(little)} so. {_MNIST}")
     if len(content) != begin + size or not size:
         raise ArgumentError(
             f"{path}: expected {size:,} bytes of {_by(shape)} numbers after the header, "
@@ -206,7 +216,11 @@ def cityscapes(folder, split: str = "train", size: tuple[int, int] = (64, 128)) 
     """
     if split not in ("train", "val"):
         raise ArgumentError(f"split must be 'train' or 'val', got {split!r}")
-    folder = _folder(folder, _CITYSCAPES)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ArgumentTypeError(f"size must be (height, width), got {kind_of(size)}")
+    for name, pixels in zip(("size[0]", "size[1]"), size):
+        require_whole(name, pixels)
+    folder, size = _folder(folder, _CITYSCAPES), tuple(size)
     if (folder / "leftImg8bit").is_dir():
         photos = sorted((folder / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         read = _read_official
@@ -290,6 +304,8 @@ def _nearest_pixels(image, size):
 
 
 def _folder(folder, what) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentTypeError(f"folder must be a path, got {kind_of(folder)}. {what}")
     folder = Path(folder)
     if not folder.is_dir():
         raise ArgumentError(f"{folder}: no such folder. {what}")

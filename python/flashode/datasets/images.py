@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import interpolate
 
-from ..errors import ArgumentError
+from ..arguments import kind_of, require_generator, require_whole
+from ..errors import ArgumentError, ArgumentTypeError
 
 SCENE_CLASSES = ("sky", "building", "tree", "pavement", "road", "car", "person")
 
@@ -64,9 +66,9 @@ def shapes(n: int, size: int = 32, generator: torch.Generator | None = None) -> 
         Images (n, 3, size, size) and labels (n,), places in `SHAPES`.
 
     Raises:
-        ArgumentError: ``n`` or ``size`` cannot be used.
+        ArgumentError, ArgumentTypeError: an argument cannot be used.
     """
-    _require(n, size, 8)
+    _require(n, size, 8, generator)
 
     def between(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
@@ -108,9 +110,10 @@ def _insides(u, v):
     )
 
 
-def _require(n, size, least):
-    if n < 1 or size < least:
-        raise ArgumentError(f"n must be at least 1 and size at least {least}, got n={n} and size={size}")
+def _require(n, size, least, generator):
+    require_whole("n", n)
+    require_whole("size", size, least)
+    require_generator(generator)
 
 
 def scenes(
@@ -130,15 +133,17 @@ def scenes(
         Images (n, 3, size, size) and labels (n, size, size).
 
     Raises:
-        ArgumentError: ``n``, ``size`` or ``classes`` cannot be used.
+        ArgumentError, ArgumentTypeError: an argument cannot be used.
     """
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise ArgumentTypeError(f"classes must be several of {SCENE_CLASSES}, got {kind_of(classes)}")
     classes = tuple(classes)
     unknown = [name for name in classes if name not in SCENE_CLASSES]
     if unknown or "sky" not in classes or len(set(classes)) < len(classes):
         raise ArgumentError(
             f"classes must be different ones of {SCENE_CLASSES}, 'sky' among them, got {classes}"
         )
-    _require(n, size, 16)
+    _require(n, size, 16, generator)
     drawn = [_Scene(size, classes, generator).draw() for _ in range(n)]
     return Labelled(torch.stack([s.image for s in drawn]), torch.stack([s.labels for s in drawn]))
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import ArgumentError, odeint
+from .. import ArgumentError, ArgumentTypeError, odeint
+from ..arguments import check_times, kind_of, require_generator, require_number, require_whole
 
 
 def lotka_volterra(t, y0=(1.0, 2.0)) -> torch.Tensor:
@@ -62,7 +63,8 @@ def linear_spiral(t, A=((-0.1, -1.0), (1.0, -0.1)), y0=(2.0, 0.0)) -> torch.Tens
     Returns:
         Tensor (T, ..., D) of the dtype of ``t``.
     """
-    A, y0 = torch.as_tensor(A).to(t), torch.as_tensor(y0).to(t)
+    check_times(t, "t")
+    A, y0 = _numbers("A", A, t), _numbers("y0", y0, t)
     if A.ndim != 2 or A.shape[0] != A.shape[1] or y0.shape[-1:] != A.shape[:1]:
         raise ArgumentError(
             f"A must be a D x D matrix and y0 of shape (..., D), got shapes {tuple(A.shape)} and {tuple(y0.shape)}"
@@ -107,13 +109,13 @@ def spiral_trajectories(
         generator: of the starts, the times and the noise.
         dtype: of all tensors but ``clockwise``.
     """
-    for name, value in (("n", n), ("points", points)):
-        if not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name} must be a positive integer, got {value!r}")
-    if not noise >= 0 or not duration > 0:
-        raise ArgumentError(
-            f"noise must not be negative, and duration positive; got {noise!r} and {duration!r}"
-        )
+    require_whole("n", n)
+    require_whole("points", points)
+    require_number("noise", noise, "a standard deviation", zero=True)
+    require_number("duration", duration, "a length of time")
+    require_generator(generator)
+    if dtype not in (torch.float32, torch.float64):
+        raise ArgumentTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
     random = {"generator": generator, "dtype": dtype}
     angle = 2 * math.pi * torch.rand(n, 1, **random)
     radius = 0.5 + 0.5 * torch.rand(n, 1, **random)
@@ -133,8 +135,22 @@ def spiral_trajectories(
 
 
 def _motion(field, y0, t):
-    y0 = torch.as_tensor(y0).to(t)
+    check_times(t, "t")
+    y0 = _numbers("y0", y0, t)
     if y0.shape[-1:] != (2,):
         raise ArgumentError(f"y0 must be two numbers or of shape (..., 2), got shape {tuple(y0.shape)}")
     tolerance = 1e-9 if t.dtype == torch.float64 else 1e-6
     return odeint(field, y0, t, method="dopri8", rtol=tolerance, atol=tolerance)
+
+
+def _numbers(name, value, t) -> torch.Tensor:
+    """A Tensor of the dtype and on the device of ``t``."""
+    try:
+        numbers = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # as torch has it of words, ragged lists, and others
+        raise ArgumentTypeError(
+            f"{name} must be numbers, nested evenly, or a Tensor, got {kind_of(value)}"
+        ) from None
+    if numbers.is_complex():
+        raise ArgumentTypeError(f"{name} must be real, got {numbers.dtype}")
+    return numbers.to(t)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import ArgumentError, ArgumentTypeError
+from ..arguments import real_number, require_generator, require_number, require_whole
 
 
 def moons(n, *, noise=0.1, generator=None):
@@ -28,7 +29,7 @@ def moons(n, *, noise=0.1, generator=None):
     Raises:
         ArgumentError, ArgumentTypeError: ``n`` is not a positive int, or ``noise`` is negative.
     """
-    labels = _labels(n)
+    labels = _labels(n, generator)
     angle = math.pi * torch.rand(n, generator=generator)
     upper = torch.stack([angle.cos(), angle.sin()], -1)
     lower = torch.tensor([1.0, 0.5]) - upper
@@ -37,7 +38,7 @@ def moons(n, *, noise=0.1, generator=None):
 
 def circles(n, *, noise=0.1, generator=None):
     """Two concentric circles, of radius 1 (label 0) and 2 (label 1). Arguments and returns as `moons`."""
-    labels = _labels(n)
+    labels = _labels(n, generator)
     return _blurred((1.0 + labels)[:, None] * _directions(n, generator), noise, generator), labels
 
 
@@ -54,8 +55,8 @@ def pinwheel(n, *, noise=0.2, generator=None):
     Raises:
         As `moons`.
     """
-    _require_count(n)
-    _require_noise(noise)
+    _require_draw(n, generator)
+    require_number("noise", noise, "a standard deviation", zero=True)
     along, across = torch.randn(2, n, generator=generator)
     along, across = 2 + 0.6 * along, noise * across
     arm = torch.randint(5, (n,), generator=generator) * (2 * math.pi / 5)
@@ -77,7 +78,7 @@ def eight_gaussians(n, *, noise=0.2, generator=None):
     Raises:
         As `moons`.
     """
-    _require_count(n)
+    _require_draw(n, generator)
     angle = torch.randint(8, (n,), generator=generator) * (math.pi / 4)
     return _blurred(2 * torch.stack([angle.cos(), angle.sin()], -1), noise, generator)
 
@@ -87,7 +88,7 @@ def checkerboard(n, *, noise=0.0, generator=None):
 
     Arguments, returns and errors as `eight_gaussians`.
     """
-    _require_count(n)
+    _require_draw(n, generator)
     column, pair = torch.randint(4, (n,), generator=generator), torch.randint(2, (n,), generator=generator)
     square = torch.stack([column, 2 * pair + column % 2], -1)
     return _blurred(square - 2 + torch.rand(n, 2, generator=generator), noise, generator)
@@ -98,7 +99,7 @@ def two_spirals(n, *, noise=0.05, generator=None):
 
     Arguments, returns and errors as `moons`.
     """
-    labels = _labels(n)
+    labels = _labels(n, generator)
     part = torch.rand(n, generator=generator).sqrt()  # of the way out; so that points are spread evenly
     angle = 3 * math.pi * part + math.pi * labels
     return _blurred(
@@ -112,7 +113,7 @@ def annulus(n, *, noise=0.0, generator=None):
     No homeomorphism of the plane makes the two linearly separable (Dupont et al. 2019, Augmented neural ODEs,
     arXiv:1904.01681). Arguments, returns and errors as `moons`.
     """
-    labels = _labels(n)
+    labels = _labels(n, generator)
     inner, outer = labels * 1.0, 0.5 + labels
     radius = (inner**2 + (outer**2 - inner**2) * torch.rand(n, generator=generator)).sqrt()
     return _blurred(radius[:, None] * _directions(n, generator), noise, generator), labels
@@ -133,7 +134,7 @@ def flip_1d(n, *, noise=0.0, generator=None):
     Raises:
         As `moons`.
     """
-    points = (2.0 * _labels(n) - 1)[:, None]
+    points = (2.0 * _labels(n, generator) - 1)[:, None]
     return _blurred(points, noise, generator), -points
 
 
@@ -156,10 +157,11 @@ def image_points(image, n, *, threshold=None, generator=None):
         ArgumentError, ArgumentTypeError: of ``image``, ``n`` or ``threshold``; nothing in the image is dark.
         OSError: the file cannot be read.
     """
-    _require_count(n)
+    _require_draw(n, generator)
     weight = 1 - _grey(image)
     if threshold is not None:
-        if not 0 < threshold < 1:
+        number = real_number(threshold)
+        if number is None or not 0 < number < 1:
             raise ArgumentError(f"threshold must be between 0 (black) and 1 (white), got {threshold!r}")
         weight = (weight > 1 - threshold).double()
     if not weight.sum() > 0:
@@ -203,8 +205,8 @@ def _grey(image) -> torch.Tensor:
     return image
 
 
-def _labels(n) -> torch.Tensor:
-    _require_count(n)
+def _labels(n, generator) -> torch.Tensor:
+    _require_draw(n, generator)
     return torch.arange(n) % 2
 
 
@@ -214,19 +216,10 @@ def _directions(n, generator) -> torch.Tensor:
 
 
 def _blurred(points, noise, generator) -> torch.Tensor:
-    _require_noise(noise)
+    require_number("noise", noise, "a standard deviation", zero=True)
     return points + noise * torch.randn(points.shape, generator=generator) if noise else points
 
 
-def _require_count(n):
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise ArgumentTypeError(f"n must be an int, the number of points, got {n!r}")
-    if n < 1:
-        raise ArgumentError(f"n must be at least 1, got {n}")
-
-
-def _require_noise(noise):
-    if isinstance(noise, bool) or not isinstance(noise, (int, float)):
-        raise ArgumentTypeError(f"noise must be a number, a standard deviation, got {noise!r}")
-    if not 0 <= noise < math.inf:
-        raise ArgumentError(f"noise must be finite and not negative, got {noise}")
+def _require_draw(n, generator):
+    require_whole("n", n)
+    require_generator(generator)

@@ -35,6 +35,8 @@ def supports(problem: Problem) -> str | None:
         return extension.missing
     if p.method.family != "explicit":
         return f"no programs are generated for {p.method.name}"
+    if p.y0.dtype in (torch.float16, torch.bfloat16):
+        return f"no programs are generated for {p.y0.dtype} states; solve from y0.float()"
     if p.y0.dtype not in (torch.float32, torch.float64):
         return f"no programs are generated for {p.y0.dtype} states"
     if p.y0.device.type not in ("cpu", "cuda"):
@@ -45,8 +47,6 @@ def supports(problem: Problem) -> str | None:
         return NO_GRADIENTS
     if not p.y0.numel():
         return "y0 is empty"
-    if torch.is_autocast_enabled(p.y0.device.type):
-        return "torch.autocast is active, and programs work in the precision of y0"
     if p.dtypes is not None and len(set(p.dtypes)) > 1:
         return "the members of y0 have different dtypes"
     if p.events:

@@ -156,7 +156,7 @@ def _times(t) -> torch.Tensor:
     """Times that can be solved for, as a float64 Tensor."""
     try:
         times = [float(x) for x in t]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentTypeError(f"t must be two or more times, numbers, got {t!r}") from None
     steps = [after - before for before, after in zip(times, times[1:])]
     ordered = all(s > 0 for s in steps) or all(s < 0 for s in steps)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import ArgumentError, ArgumentTypeError
+from ..arguments import kind_of, require_whole
 
 _ACTIVATIONS = {
     "elu": nn.functional.elu,
@@ -32,6 +33,8 @@ class ConcatLinear(nn.Linear):
     """
 
     def __init__(self, in_features, out_features, bias=True):
+        require_whole("in_features", in_features)
+        require_whole("out_features", out_features)
         super().__init__(in_features + 1, out_features, bias)
 
     def forward(self, t, x):
@@ -48,6 +51,8 @@ class ConcatConv2d(nn.Conv2d):
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, **options):
+        require_whole("in_channels", in_channels)
+        require_whole("out_channels", out_channels)
         super().__init__(in_channels + 1, out_channels, kernel_size, **options)
 
     def forward(self, t, x):
@@ -65,6 +70,8 @@ class ConcatSquashLinear(nn.Module):
 
     def __init__(self, in_features, out_features):
         super().__init__()
+        require_whole("in_features", in_features)
+        require_whole("out_features", out_features)
         self.linear = nn.Linear(in_features, out_features)
         self.gate = nn.Linear(1, out_features)
         self.shift = nn.Linear(1, out_features, bias=False)
@@ -83,6 +90,8 @@ class ConcatSquashConv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size, **options):
         super().__init__()
+        require_whole("in_channels", in_channels)
+        require_whole("out_channels", out_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, **options)
         self.gate = nn.Linear(1, out_channels)
         self.shift = nn.Linear(1, out_channels, bias=False)
@@ -107,12 +116,17 @@ class MLPField(nn.Module):
             None, not at all.
 
     Raises:
-        ArgumentError: no such activation or use of the time.
+        ArgumentError, ArgumentTypeError: an argument cannot be used, as where there is no such activation.
     """
 
     def __init__(self, dim, hidden=(64, 64), activation="tanh", time="concat"):
         super().__init__()
-        if time not in _LINEAR:
+        require_whole("dim", dim)
+        if not isinstance(hidden, (tuple, list)):
+            raise ArgumentTypeError(f"hidden must be a tuple of widths, got {kind_of(hidden)}")
+        for i, width in enumerate(hidden):
+            require_whole(f"hidden[{i}]", width)
+        if not (time is None or isinstance(time, str)) or time not in _LINEAR:
             raise ArgumentError(f"time must be 'concat', 'squash' or None, got {time!r}")
         self.dim = dim
         widths = (dim, *hidden, dim)
@@ -141,11 +155,12 @@ class ConvField(nn.Module):
         time: whether the convolutions see the time.
 
     Raises:
-        ArgumentError: no such norm or activation.
+        ArgumentError, ArgumentTypeError: an argument cannot be used.
     """
 
     def __init__(self, channels, norm="group", activation="relu", time=True):
         super().__init__()
+        require_whole("channels", channels)
         if norm not in ("group", None):
             raise ArgumentError(f"norm must be 'group' or None, got {norm!r}")
         layer = ConcatConv2d if time else nn.Conv2d
@@ -167,6 +182,8 @@ def group_norm(channels):
 
 
 def _activation(activation):
+    if isinstance(activation, type):
+        raise ArgumentTypeError(f"activation is the class {activation.__name__}; give an instance of it")
     if callable(activation):
         return activation
     if not isinstance(activation, str):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributions import Distribution, Independent, Normal, constraints
 
 from .. import ArgumentError, ArgumentTypeError, CompiledField, compile, odeint, odeint_adjoint
+from ..arguments import kind_of, real_number, require_whole
 from .divergence import exact_divergence, hutchinson_divergence
 
 TRACES = ("exact", "hutchinson")
@@ -114,7 +115,9 @@ class CNF(nn.Module, Distribution):
 
         ``sample_shape`` may be an int.
         """
-        shape = (sample_shape,) if isinstance(sample_shape, int) else sample_shape
+        shape = sample_shape if isinstance(sample_shape, (tuple, list)) else (sample_shape,)
+        for size in shape:
+            require_whole("every number in sample_shape", size, 0)
         return self(self.base.rsample(torch.Size(shape)), t)
 
     def sample(self, sample_shape=torch.Size(), t=None):
@@ -141,10 +144,11 @@ class CNF(nn.Module, Distribution):
     def _log_prob(self, x, t, costs):
         flat = self._flat(x)
         sums = [flat.new_zeros(len(flat)) for _ in range(3 if costs else 1)]
-        if t != self.t0:
+        if t != self.t0 and len(flat):
             noise = () if self.trace == "exact" else (self._drawn(flat),)
             flat, *sums = self._solved(self._dynamics[costs], (flat, *sums), t, self.t0, noise)
-        log_prob = self.base.log_prob(flat) - sums[0]
+        # torch's Independent cannot sum over the event of no samples.
+        log_prob = self.base.log_prob(flat) - sums[0] if len(flat) else sums[0]
         shape = x.shape[: x.ndim - len(self.event_shape)]
         return tuple(y.reshape(shape) for y in (log_prob, *(cost.abs() for cost in sums[1:])))
 
@@ -157,7 +161,11 @@ class CNF(nn.Module, Distribution):
 
     def _carried(self, y, begin, end):
         flat = self._flat(y)
-        return y if begin == end else self._solved(self.field, flat, begin, end).reshape(y.shape)
+        return (
+            y
+            if begin == end or not len(flat)
+            else self._solved(self.field, flat, begin, end).reshape(y.shape)
+        )
 
     def _solved(self, func, y0, begin, end, args=()):
         solver = dict(method=self.method, rtol=self.rtol, atol=self.atol, options=self.options, args=args)
@@ -179,10 +187,15 @@ class CNF(nn.Module, Distribution):
             raise ArgumentError(
                 f"points must have shape (..., {', '.join(map(str, event))}), got {tuple(y.shape)}"
             )
-        return y.reshape(-1, *event)
+        return y.reshape(y.shape[: y.ndim - len(event)].numel(), *event)
 
     def _time(self, t) -> float:
-        t = self.t1 if t is None else float(t)
+        if t is None:
+            return self.t1
+        number = real_number(t)
+        if number is None:
+            raise ArgumentTypeError(f"t must be a number, a time of the flow, got {kind_of(t)}")
+        t = number
         if not min(self.t0, self.t1) <= t <= max(self.t0, self.t1):
             raise ArgumentError(f"t must be from {self.t0:g} to {self.t1:g}, got {t:g}")
         return t
@@ -228,8 +241,7 @@ class GatedSum(nn.Module):
     def __init__(self, dim: int, units: int = 64, hidden: int = 32):
         super().__init__()
         for name, value in (("dim", dim), ("units", units), ("hidden", hidden)):
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name} must be a positive int, got {value!r}")
+            require_whole(name, value)
         self.dim, self.units = dim, units
         self.hyper = nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.w, self.u = nn.Linear(hidden, units * dim), nn.Linear(hidden, units * dim)
@@ -265,7 +277,7 @@ def _require_one_of(name, value, allowed):
 def _interval(t) -> tuple[float, float]:
     try:
         t0, t1 = (float(x) for x in t)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentTypeError(f"t must be two numbers, the times of base and data, got {t!r}") from None
     if not (math.isfinite(t0) and math.isfinite(t1) and t0 != t1):
         raise ArgumentError(f"t must be two different finite times, of base and data, got {t!r}")

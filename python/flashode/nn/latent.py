@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from .. import ArgumentError, ArgumentTypeError, odeint
+from ..arguments import kind_of, real_number, require_generator, require_number, require_whole
 
 BATCHED = {"batched": True}  # every sample has its own clock
 
@@ -43,8 +46,9 @@ class LatentODE(nn.Module):
 
     def __init__(self, encoder, field, decoder, *, t0=0.0, noise=0.1, method="dopri5", rtol=1e-3, atol=1e-4):
         super().__init__()
-        if not noise > 0:
-            raise ArgumentError(f"noise must be positive, got {noise!r}; it is a standard deviation")
+        require_number("noise", noise, "a standard deviation")
+        if real_number(t0) is None or not math.isfinite(real_number(t0)):
+            raise ArgumentError(f"t0 must be a finite number, a time, got {kind_of(t0)}")
         self.encoder, self.field, self.decoder = encoder, field, decoder
         self.t0, self.noise = float(t0), noise
         self.solver = {"method": method, "rtol": rtol, "atol": atol, "options": BATCHED}
@@ -85,6 +89,8 @@ class LatentODE(nn.Module):
 
     def sample(self, n, times, *, generator=None) -> torch.Tensor:
         """``n`` series from the prior at ``times`` (T,) or (n, T): Tensor (n, T, D), without noise."""
+        require_whole("n", n)
+        require_generator(generator)
         like = next(self.parameters())
         size = (n, self.encoder.latent)
         return self.decode(
@@ -114,6 +120,7 @@ class RNNEncoder(nn.Module):
 
     def __init__(self, dim, latent, hidden=32):
         super().__init__()
+        _require_sizes(dim, latent, hidden)
         self.latent = latent
         self.gru = nn.GRU(2 * dim + 1, hidden, batch_first=True)
         self.head = nn.Linear(hidden, 2 * latent)
@@ -143,6 +150,7 @@ class ODERNNEncoder(nn.Module):
 
     def __init__(self, dim, latent, field, hidden=32, *, method="dopri5", rtol=1e-3, atol=1e-4):
         super().__init__()
+        _require_sizes(dim, latent, hidden)
         self.latent, self.field = latent, field
         self.cell = nn.GRUCell(2 * dim, hidden)
         self.head = nn.Linear(hidden, 2 * latent)
@@ -165,6 +173,11 @@ def kl_annealing(step, warmup) -> float:
     Generating sentences from a continuous space).
     """
     return min(1.0, step / warmup) if warmup > 0 else 1.0
+
+
+def _require_sizes(dim, latent, hidden):
+    for name, size in (("dim", dim), ("latent", latent), ("hidden", hidden)):
+        require_whole(name, size)
 
 
 def _normal(parameters) -> Normal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .. import ArgumentError
+from ..arguments import require_whole
 from .block import ODEBlock
 from .fields import ConvField, group_norm
 
@@ -34,6 +34,8 @@ class _Classifier(nn.Sequential):
 
     def __init__(self, body, channels, in_channels, classes):
         super().__init__()
+        require_whole("in_channels", in_channels)
+        require_whole("classes", classes)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
             group_norm(channels),
@@ -61,6 +63,7 @@ class ResNet(_Classifier):
     """
 
     def __init__(self, blocks=6, *, channels=64, in_channels=1, classes=10):
+        require_whole("blocks", blocks)
         body = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
         super().__init__(body, channels, in_channels, classes)
 
@@ -74,12 +77,11 @@ class RKNet(_Classifier):
         channels, in_channels, classes: as for `ResNet`.
 
     Raises:
-        ArgumentError: ``steps`` is no whole number above 0.
+        ArgumentError, ArgumentTypeError: ``steps`` or another size is no whole number above 0.
     """
 
     def __init__(self, steps=6, *, method="euler", channels=64, in_channels=1, classes=10):
-        if not isinstance(steps, int) or steps < 1:
-            raise ArgumentError(f"steps must be a whole number, 1 or more, got {steps!r}")
+        require_whole("steps", steps)
         body = ODEBlock(ConvField(channels), method=method, options={"step_size": 1 / steps})
         super().__init__(body, channels, in_channels, classes)
 

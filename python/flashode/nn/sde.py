@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ArgumentError, ArgumentTypeError
+from ..arguments import kind_of, require_number
 
 METHODS = ("euler_maruyama", "milstein")
 
@@ -132,10 +133,14 @@ def _increments(y0, generator, noise, steps):
         noise = noise.to(y0)
         return lambda number, dt: noise[number]
     if isinstance(generator, int) and not isinstance(generator, bool):
+        if not -(2**63) <= generator < 2**64:
+            raise ArgumentError(
+                f"generator must be a seed of 64 bits, from -2**63 to 2**64 - 1, got {generator}"
+            )
         generator = torch.Generator(y0.device).manual_seed(generator)
     elif generator is not None and not isinstance(generator, torch.Generator):
         raise ArgumentTypeError(
-            f"generator must be a torch.Generator or a whole number, got {type(generator).__name__}"
+            f"generator must be a torch.Generator or a whole number, got {kind_of(generator)}"
         )
 
     def draw(number, dt):
@@ -154,10 +159,7 @@ def _checked_times(t, step_size):
         raise ArgumentError(
             f"t must be finite and strictly increasing: Ito's integral runs forwards, got {times}"
         )
-    if isinstance(step_size, bool) or not isinstance(step_size, (int, float)):
-        raise ArgumentTypeError(f"step_size must be a number, got {type(step_size).__name__}")
-    if not 0 < step_size < math.inf:
-        raise ArgumentError(f"step_size must be positive and finite, got {step_size}")
+    require_number("step_size", step_size, "the length of a step")
     # A quotient that is whole up to rounding must not add a step of no length.
     steps = math.ceil((times[-1] - times[0]) / step_size * (1 - 1e-9))
     ends = [times[0] + number * step_size for number in range(steps)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import types
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import transforms
 from ..arguments import kind_of
@@ -68,6 +70,28 @@ def compile(func) -> CompiledField:
         )
         raise ArgumentTypeError(f"func must be callable as func(t, y), got {given}")
     return CompiledField(func)
+
+
+def apart_from_autocast(solve):
+    """``solve(func, y0, ...)``, for which torch.autocast is off where a program is to solve: that computes in float32 or
+    float64. A state, and ``args``, of 16 bits become float32, as autocast has it for functions that need the range."""
+
+    @functools.wraps(solve)
+    def called(func, y0, *rest, **named):
+        if not isinstance(func, CompiledField) or named.get("engine", "auto") not in ("auto", "compiled"):
+            return solve(func, y0, *rest, **named)
+        device = next((x.device.type for x in tree_leaves(y0) if isinstance(x, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return solve(func, y0, *rest, **named)
+        y0, named["args"] = tree_map(_in_float32, (y0, named.get("args", ())))
+        with torch.autocast(device, enabled=False):
+            return solve(func, y0, *rest, **named)
+
+    return called
+
+
+def _in_float32(x):
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class CompiledField(nn.Module):

@@ -243,11 +243,6 @@ def _finish(recorder: Recorder, captured, inputs, device) -> Trace:
 
 
 def _require_traceable(t: Tensor, y: Tensor):
-    if torch.is_autocast_enabled(y.device.type):
-        raise CompileError(
-            "a field cannot be compiled under torch.autocast: a program works in the precision of y0; solve "
-            "under torch.autocast(..., enabled=False), or without flashode.compile"
-        )
     for x in (t, y):
         if x.is_complex():
             raise CompileError(
