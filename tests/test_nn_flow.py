@@ -218,7 +218,12 @@ def solved(flow, x):
 
 @pytest.mark.parametrize(
     ("name", "trace", "results"),
-    [("gated", "exact", solved), ("concat", "exact", solved), ("squash", "hutchinson", solved_with_costs)],
+    [
+        ("gated", "exact", solved),
+        ("gated", "exact", solved_with_costs),
+        ("concat", "exact", solved),
+        ("squash", "hutchinson", solved_with_costs),
+    ],
 )
 def test_compiled_flows_are_the_same(name, trace, results):
     field = FIELDS[name]().double()
