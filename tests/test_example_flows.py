@@ -26,9 +26,9 @@ def test_flows_learn_four_densities(tmp_path):
     text = run(tmp_path, "flows")
     for name in ("circles", "moons", "eight_gaussians", "image"):
         learned, trips = (line.split()[1:] for line in re.findall(rf"^{name} .*$", text, re.M))
-        nll, least, distance, calls, _ = map(float, learned)
+        nll, least, distance, energy, calls, _ = map(float, learned)
         assert least < nll < 4 and abs(nll - least - distance) < 0.01
-        assert calls >= 14
+        assert calls >= 14 and energy > 0
         for largest, median, most in zip(trips[::2], trips[1::2], (1e-2, 1e-3, 1e-4, 1e-6)):
             assert 0 < float(median) < float(largest) < most
     rows = re.findall(r"^(compiled|called from Python|torchdiffeq) +[\d.]+ +([\d.]+) +([\d.]+)$", text, re.M)
@@ -61,8 +61,11 @@ def flows():
 
 def test_costs_of_paths_are_in_the_loss_unless_they_are_free(flows):
     found = torch.tensor([-1.0, -3.0]), torch.tensor([10.0, 30.0]), torch.tensor([100.0, 300.0])
-    loss, free = (flows["loss_of"](*found, argparse.Namespace(free=free)).item() for free in (False, True))
-    assert loss == pytest.approx(2 + 20 * flows["KINETIC"] + 200 * flows["JACOBIAN"]) and free == 2
+    recipe, free = (
+        flows["recipe_of"]("image", argparse.Namespace(free=free, quick=False)) for free in (False, True)
+    )
+    assert recipe.loss(*found).item() == pytest.approx(2 + 20 * recipe.kinetic + 200 * recipe.jacobian)
+    assert recipe.kinetic > 0 and recipe.jacobian > 0 and free.loss(*found) == 2
 
 
 @pytest.mark.parametrize("name", ["circles", "moons", "eight_gaussians", "image"])
