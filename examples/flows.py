@@ -9,13 +9,19 @@ all of whose parameters a hypernetwork gives for the time (`flashode.nn.GatedSum
 differential equations, section 4). It is trained by the likelihood of the samples: solved from t = 1 back to t = 0,
 with Fehlberg's method.
 
+Many fields carry the normal to the data, and the likelihood does not say which to take: left to itself it finds ones
+that whirl all points about, and make errors of the solver larger on the way. So the loss has two costs as well, with
+small weights: the kinetic energy of the paths, and the squared norm of the field's Jacobian along them (Finlay et al.
+2020, How to train your neural ODE, arXiv:2002.02798). `--free` leaves them out.
+
 Right answer. All four densities are known, and so is the least negative log-likelihood (NLL) that any model can have
 on new points: that of the true density on them. What a flow's exceeds it by is its Kullback-Leibler divergence
 from the truth, in nats. (FFJORD's paper gives no figures for data of the plane, only pictures.) Samples must
-find every mode: both circles, all eight Gaussians.
+find every mode: both circles, all eight Gaussians. A flow can be inverted: points that go to the base and come back,
+or the other way round, must be where they were to 1e-4.
 
-Cost. The same training step by the same field is timed three times: compiled, called from Python by flashode, and with
-torchdiffeq's odeint_adjoint, if that is installed; with dopri5, which all of them have.
+Cost. The same training step by the same field, with the same loss, is timed three times: compiled, called from Python
+by flashode, and with torchdiffeq's odeint_adjoint, if that is installed; with dopri5, which all of them have.
 """
 
 from __future__ import annotations
@@ -24,13 +30,13 @@ import copy
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
 import flashode
 from flashode import datasets
-from flashode.nn import CNF, GatedSum
+from flashode.nn import CNF, GatedSum, exact_divergence
 from pictures import save_picture
 from training import Training, parser, prepare, table
 
@@ -39,9 +45,10 @@ try:
 except ImportError:
     torchdiffeq = None
 
-UNITS, BATCH, STEPS = 64, 512, 1000
+BATCH = 512
 SOLVER = {"method": "fehlberg45", "rtol": 1e-3, "atol": 1e-3}
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the pictures
+ACCURACIES = [(torch.float32, 1e-5), (torch.float32, 1e-6), (torch.float32, 1e-7), (torch.float64, 1e-8)]
 HALF = 2.6  # of the width of a picture
 NOISE = {"circles": 0.1, "moons": 0.1, "eight_gaussians": 0.2}
 
@@ -106,6 +113,28 @@ def problems():
 # ---- training ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How one density is learned."""
+
+    units: int = 64
+    hidden: int = 32  # of the hypernetwork
+    steps: int = 2500
+    rate: float = 1e-2  # of learning, at its highest
+    kinetic: float = 1e-2  # weights of the costs
+    jacobian: float = 1e-3
+
+    def loss(self, log_prob, kinetic, jacobian):
+        """The negative log-likelihood, and the costs of paths."""
+        return (self.kinetic * kinetic + self.jacobian * jacobian - log_prob).mean()
+
+
+def recipe_of(name, args) -> Recipe:
+    recipe = Recipe(128, 64, 4000, 2e-2, 3e-3, 5e-4) if name == "image" else Recipe()
+    recipe = replace(recipe, kinetic=0.0, jacobian=0.0) if args.free else recipe
+    return replace(recipe, steps=12) if args.quick else recipe
+
+
 @dataclass
 class Fit:
     """What became of one density."""
@@ -116,8 +145,8 @@ class Fit:
     samples: torch.Tensor
     nll: float
     least: float
+    energy: float  # integral of the squared speed along a path, on average
     ms: float  # a step of training
-    history: dict = field(repr=False)
 
     @property
     def calls(self) -> int:
@@ -126,36 +155,42 @@ class Fit:
             z, t = self.flow.base.sample((BATCH,)), torch.tensor([0.0, 1.0])
             return flashode.solve(self.flow.field, z, t, **SOLVER).stats.nfe
 
-    @property
-    def round_trip(self) -> float:
-        """Largest distance of points to where the flow takes them by way of the base, in float64 and at 1e-8."""
-        flow = CNF(copy.deepcopy(self.flow.field.func), method="dopri8", rtol=1e-8, atol=1e-8).double()
-        points = self.points[:500].double()
-        with torch.no_grad():
-            return (flow(flow.inverse(points)) - points).abs().max().item()
+    @torch.no_grad()
+    def round_trips(self, dtype, tolerance) -> torch.Tensor:
+        """Distances of points to where the flow takes them by way of the base, and of base points by way of data."""
+        net = copy.deepcopy(self.flow.field.func)
+        flow = CNF(flashode.compile(net), method="dopri8", rtol=tolerance, atol=tolerance).to(dtype)
+        x, z = self.points[:1000].to(dtype), flow.base.sample((1000,))
+        return torch.cat([flow(flow.inverse(x)) - x, flow.inverse(flow(z)) - z]).norm(dim=1)
 
 
-def fit(args, name, draw, log_prob, steps):
+def fit(args, name, draw, log_prob):
+    recipe = recipe_of(name, args)
     torch.manual_seed(args.seed)
     points = draw(4000)
-    flow = CNF(flashode.compile(GatedSum(2, UNITS)), **SOLVER)
-    adam = torch.optim.Adam(flow.parameters(), 5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-2, steps, pct_start=0.1)
-    training = Training(args, name, steps, flow=flow, adam=adam, schedule=schedule)
+    flow = CNF(flashode.compile(GatedSum(2, recipe.units, recipe.hidden)), **SOLVER)
+    adam = torch.optim.Adam(flow.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.rate, recipe.steps, pct_start=0.1)
+    training = Training(args, name, recipe.steps, flow=flow, adam=adam, schedule=schedule)
     for _ in training:
         adam.zero_grad()
-        loss = -flow.log_prob(draw(BATCH)).mean()
-        loss.backward()
+        found, *costs = flow.log_prob_and_costs(draw(BATCH))
+        recipe.loss(found, *costs).backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
         adam.step()
         schedule.step()
-        training.show(nll=loss.item())
+        training.show(nll=-found.mean())
     fine = CNF(flow.field, method="fehlberg45", rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        nll, samples = -fine.log_prob(points).mean().item(), fine.sample(4000)
-    least = -log_prob(points).mean().item()
-    ms = 1e3 * training.seconds / steps
-    return Fit(name, fine, points, samples, nll, least, ms, training.history)
+        found, energy, _ = fine.log_prob_and_costs(points)
+        samples = fine.sample(4000)
+    nll, least = -found.mean().item(), -log_prob(points).mean().item()
+    ms = 1e3 * training.seconds / recipe.steps
+    return Fit(name, fine, points, samples, nll, least, energy.mean().item(), ms)
+
+
+def spread(distances) -> str:
+    return f"{distances.max():.1e} {distances.median():.1e}"
 
 
 def shares_of_circles(samples) -> tuple[float, float]:
@@ -174,27 +209,32 @@ def shares_of_gaussians(samples) -> torch.Tensor:
 # ---- cost --------------------------------------------------------------------------------------------
 
 
-def compare(flow, points, turns):
+def compare(recipe, flow, points, turns):
     """Name, milliseconds of processor time, and times the first, of a training step with the field as it is now."""
     field, tolerances = flow.field.func, {"rtol": 1e-3, "atol": 1e-3}
     ours = CNF(flow.field, **tolerances)
     called = CNF(field, **tolerances)
-    steps = {"compiled": lambda: ours.log_prob(points), "called from Python": lambda: called.log_prob(points)}
+    runs = {
+        "compiled": lambda: ours.log_prob_and_costs(points),
+        "called from Python": lambda: called.log_prob_and_costs(points),
+    }
     if torchdiffeq:
-        steps["torchdiffeq"] = lambda: torchdiffeq_log_prob(field, flow.base, points, tolerances)
-    seconds = {name: [] for name in steps}
+        runs["torchdiffeq"] = lambda: torchdiffeq_log_prob_and_costs(field, flow.base, points, tolerances)
+    seconds, losses = {name: [] for name in runs}, {}
     for turn in range(turns + 1):  # the first is not counted: programs are made
-        for name, log_prob in steps.items():
+        for name, log_prob_and_costs in runs.items():
             field.zero_grad()
             began = time.process_time()
-            (-log_prob().mean()).backward()
+            losses[name] = recipe.loss(*log_prob_and_costs())
+            losses[name].backward()
             seconds[name] += [time.process_time() - began] if turn else []
     first = seconds["compiled"]
     for name, each in seconds.items():
-        yield name, 1e3 * statistics.median(each), statistics.median(b / a for a, b in zip(first, each))
+        times = statistics.median(b / a for a, b in zip(first, each))
+        yield name, 1e3 * statistics.median(each), times, losses[name].item()
 
 
-class WithLogDensity(torch.nn.Module):
+class WithCosts(torch.nn.Module):
     """The field of a flow as torchdiffeq is given it."""
 
     def __init__(self, field):
@@ -202,14 +242,15 @@ class WithLogDensity(torch.nn.Module):
         self.field = field
 
     def forward(self, t, state):
-        slope, divergence = self.field.slope_and_divergence(t, state[0])
-        return slope, -divergence
+        slope, divergence, jacobian = exact_divergence(self.field, t, state[0], frobenius=True)
+        return slope, -divergence, slope.square().sum(1), jacobian
 
 
-def torchdiffeq_log_prob(field, base, x, tolerances):
-    state, t = (x, torch.zeros(len(x))), torch.tensor([1.0, 0.0])
-    z, fallen = torchdiffeq.odeint_adjoint(WithLogDensity(field), state, t, method="dopri5", **tolerances)
-    return base.log_prob(z[-1]) - fallen[-1]
+def torchdiffeq_log_prob_and_costs(field, base, x, tolerances):
+    state, t = (x, *torch.zeros(3, len(x))), torch.tensor([1.0, 0.0])
+    ys = torchdiffeq.odeint_adjoint(WithCosts(field), state, t, method="dopri5", **tolerances)
+    z, fallen, kinetic, jacobian = (y[-1] for y in ys)
+    return base.log_prob(z) - fallen, -kinetic, -jacobian
 
 
 # ---- picture ----------------------------------------------------------------------------------------
@@ -247,22 +288,27 @@ def histogram(points) -> torch.Tensor:
 
 
 def main():
-    args = parser(__doc__, "flows.png").parse_args()
+    arguments = parser(__doc__, "flows.png")
+    arguments.add_argument("--free", action="store_true", help="train without the costs of paths")
+    args = arguments.parse_args()
     prepare(args)
     torch.set_num_threads(1)  # tensors this small only lose by being shared out
-    steps = 12 if args.quick else STEPS
-    fits = [fit(args, name, *functions, steps) for name, functions in problems().items()]
-    rows = [[f.name, f.nll, f.least, f.nll - f.least, f.calls, f.round_trip, f.ms] for f in fits]
-    table(["density", "NLL", "least NLL", "KL to truth", "calls", "round trip", "ms a step"], rows)
+    fits = [fit(args, name, *functions) for name, functions in problems().items()]
+    rows = [[f.name, f.nll, f.least, f.nll - f.least, f.energy, f.calls, f.ms] for f in fits]
+    table(["density", "NLL", "least NLL", "KL to truth", "energy", "calls", "ms a step"], rows)
+    print("\nlargest and median distance of points after there and back:")
+    headings = [f"{str(dtype)[6:]}, {tolerance:g}" for dtype, tolerance in ACCURACIES]
+    table(["density", *headings], [[f.name, *(spread(f.round_trips(*a)) for a in ACCURACIES)] for f in fits])
     inner, outer = shares_of_circles(fits[0].samples)
     print(f"\ncircles: {inner:.1%} of the samples are on the inner one, {outer:.1%} on the outer one")
     shares = shares_of_gaussians(fits[2].samples)
     print(
         f"eight Gaussians: {shares.sum():.1%} of the samples are in one, {shares.min():.1%} in the rarest\n"
     )
+    turns = 3 if args.quick else 15
     table(
-        ["a training step on circles", "ms", "times compiled"],
-        [list(row) for row in compare(fits[0].flow, fits[0].points[:BATCH], 3 if args.quick else 15)],
+        ["a training step on circles", "ms", "times compiled", "loss"],
+        list(map(list, compare(recipe_of("circles", args), fits[0].flow, fits[0].points[:BATCH], turns))),
     )
     size = (1.55 * (2 + len(TIMES)), 1.62 * len(fits))
     save_picture(args, lambda figure: draw(figure, fits), size)

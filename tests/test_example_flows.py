@@ -1,5 +1,6 @@
 """The examples of flows as a user runs them, briefly; and the true densities that they are measured by."""
 
+import argparse
 import re
 import runpy
 import sys
@@ -28,13 +29,17 @@ def text_of(example, tmp_path):
 def test_flows_learn_four_densities(text_of):
     text = text_of("flows")
     for name in ("circles", "moons", "eight_gaussians", "image"):
-        nll, least, distance, calls, round_trip, _ = map(
-            float, re.search(rf"^{name} +(.*)$", text, re.M)[1].split()
-        )
+        learned, trips = (line.split()[1:] for line in re.findall(rf"^{name} .*$", text, re.M))
+        nll, least, distance, energy, calls, _ = map(float, learned)
         assert least < nll < 4 and abs(nll - least - distance) < 0.01
-        assert calls >= 14 and round_trip < 1e-3
-    times = dict(re.findall(r"^(compiled|called from Python|torchdiffeq) +[\d.]+ +([\d.]+)$", text, re.M))
-    assert float(times["compiled"]) == 1 and float(times["called from Python"]) > 1
+        assert calls >= 14 and energy > 0
+        for largest, median, most in zip(trips[::2], trips[1::2], (1e-2, 1e-3, 1e-4, 1e-6)):
+            assert 0 < float(median) < float(largest) < most
+    rows = re.findall(r"^(compiled|called from Python|torchdiffeq) +[\d.]+ +([\d.]+) +([\d.]+)$", text, re.M)
+    times = {name: float(ratio) for name, ratio, _ in rows}
+    assert times["compiled"] == 1 and times["called from Python"] > 1
+    losses = [float(loss) for *_, loss in rows]
+    assert max(losses) - min(losses) < 2e-3
 
 
 def test_flow_matching_is_sampled_alike_by_all(text_of):
@@ -56,6 +61,15 @@ def flows():
         return runpy.run_path(str(EXAMPLES / "flows.py"))
     finally:
         sys.path.remove(str(EXAMPLES))
+
+
+def test_costs_of_paths_are_in_the_loss_unless_they_are_free(flows):
+    found = torch.tensor([-1.0, -3.0]), torch.tensor([10.0, 30.0]), torch.tensor([100.0, 300.0])
+    recipe, free = (
+        flows["recipe_of"]("image", argparse.Namespace(free=free, quick=False)) for free in (False, True)
+    )
+    assert recipe.loss(*found).item() == pytest.approx(2 + 20 * recipe.kinetic + 200 * recipe.jacobian)
+    assert recipe.kinetic > 0 and recipe.jacobian > 0 and free.loss(*found) == 2
 
 
 @pytest.mark.parametrize("name", ["circles", "moons", "eight_gaussians", "image"])

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.distributions import (
     AffineTransform,
+    Categorical,
     Independent,
+    MixtureSameFamily,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
@@ -216,7 +218,12 @@ def solved(flow, x):
 
 @pytest.mark.parametrize(
     ("name", "trace", "results"),
-    [("gated", "exact", solved), ("concat", "exact", solved), ("squash", "hutchinson", solved_with_costs)],
+    [
+        ("gated", "exact", solved),
+        ("gated", "exact", solved_with_costs),
+        ("concat", "exact", solved),
+        ("squash", "hutchinson", solved_with_costs),
+    ],
 )
 def test_compiled_flows_are_the_same(name, trace, results):
     field = FIELDS[name]().double()
@@ -326,6 +333,34 @@ def test_it_is_a_distribution_of_the_base_given():
     assert flow.batch_shape == () and flow.event_shape == (1, 2)
     x = flow.sample((5, 2))
     assert x.shape == (5, 2, 1, 2) and flow.log_prob(x).shape == (5, 2)
+
+
+@pytest.mark.parametrize("make", [lambda f: f, compiled], ids=["called", "compiled"])
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_an_event_may_be_one_number(make, trace):
+    class Shrinks(nn.Module):
+        def forward(self, t, x):
+            return -x
+
+    flow = CNF(make(Shrinks()), base=Normal(0.0, 1.0), trace=trace, rtol=1e-6, atol=1e-6)
+    x = torch.randn(4)
+    log_prob, kinetic, jacobian = flow.log_prob_and_costs(x)
+    torch.testing.assert_close(log_prob, Normal(0.0, math.exp(-1)).log_prob(x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-4)
+    torch.testing.assert_close(kinetic, x.square() * (math.exp(2) - 1) / 2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(jacobian, torch.ones(4))
+    assert flow.sample((2, 3)).shape == (2, 3) and flow.log_prob(x[0]).shape == ()
+
+
+def test_a_base_without_reparametrised_samples_has_samples():
+    modes = Independent(Normal(torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), 0.1), 1)
+    flow = CNF(Linear().float(), base=MixtureSameFamily(Categorical(torch.ones(2)), modes))
+    assert not flow.has_rsample and CNF(Linear()).has_rsample
+    torch.manual_seed(0)
+    base = flow.inverse(flow.sample(500))
+    assert 0.4 < (base[:, 0] > 0).float().mean() < 0.6 and (base[:, 0].abs() - 3).abs().max() < 0.5
+    with pytest.raises(NotImplementedError):
+        flow.rsample()
 
 
 def test_it_goes_into_other_distributions():

@@ -26,8 +26,8 @@ def exact_divergence(field, t, y, *, frobenius=False):
     """
 
     def measured(slope, products):
-        flat = slope.flatten(1)
-        rows = [products(flat[:, i].sum()).flatten(1) for i in range(flat.shape[1])]
+        flat = per_sample(slope)
+        rows = [per_sample(products(flat[:, i].sum())) for i in range(flat.shape[1])]
         return sum(row[:, i] for i, row in enumerate(rows)), sum(row.square().sum(1) for row in rows)
 
     return _measure(field, t, y, (), measured, frobenius)
@@ -49,10 +49,15 @@ def hutchinson_divergence(field, t, y, noise, *, frobenius=False):
     """
 
     def measured(slope, products, noise):
-        product = products((slope * noise).sum()).flatten(1)
-        return (product * noise.flatten(1)).sum(1), product.square().sum(1)
+        product = per_sample(products((slope * noise).sum()))
+        return (product * per_sample(noise)).sum(1), product.square().sum(1)
 
     return _measure(field, t, y, (noise,), measured, frobenius)
+
+
+def per_sample(y):
+    """A row of numbers for every sample of y, of shape (B, *event), also where the event is one number."""
+    return y[..., None].flatten(1)
 
 
 def _measure(field, t, y, noise, measured, frobenius):

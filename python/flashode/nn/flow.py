@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 from .. import ArgumentError, ArgumentTypeError, CompiledField, compile, odeint, odeint_adjoint
 from ..arguments import kind_of, real_number, require_whole
-from .divergence import exact_divergence, hutchinson_divergence
+from .divergence import exact_divergence, hutchinson_divergence, per_sample
 
 TRACES = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
@@ -53,7 +53,6 @@ class CNF(nn.Module, Distribution):
     """
 
     arg_constraints = {}
-    has_rsample = True
 
     def __init__(
         self, field, *, trace="exact", t=(0.0, 1.0), base=None, noise="rademacher", method="dopri5", rtol=1e-5,
@@ -94,6 +93,10 @@ class CNF(nn.Module, Distribution):
         return Independent(Normal(self._zero, torch.ones_like(self._zero)), 1)
 
     @property
+    def has_rsample(self):
+        return self.base.has_rsample
+
+    @property
     def support(self):
         return constraints.independent(constraints.real, len(self.event_shape))
 
@@ -113,17 +116,14 @@ class CNF(nn.Module, Distribution):
     def rsample(self, sample_shape=torch.Size(), t=None):
         """Samples with gradients, of shape (*sample_shape, *event), as they are at time ``t``, data by default.
 
-        ``sample_shape`` may be an int.
+        ``sample_shape`` may be an int. The base must have ``rsample``.
         """
-        shape = sample_shape if isinstance(sample_shape, (tuple, list)) else (sample_shape,)
-        for size in shape:
-            require_whole("every number in sample_shape", size, 0)
-        return self(self.base.rsample(torch.Size(shape)), t)
+        return self(self.base.rsample(_size(sample_shape)), t)
 
     def sample(self, sample_shape=torch.Size(), t=None):
-        """`rsample` without gradients."""
+        """Samples without gradients, of any base; otherwise as `rsample`."""
         with torch.no_grad():
-            return self.rsample(sample_shape, t)
+            return self(self.base.sample(_size(sample_shape)), t)
 
     # ---- densities -----------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class _Dynamics(nn.Module):
         if self.costs:
             measure = exact_divergence if self.trace == "exact" else hutchinson_divergence
             slope, divergence, jacobian = measure(self.field, t, z, *noise, frobenius=True)
-            return slope, -divergence, slope.square().flatten(1).sum(1), jacobian
+            return slope, -divergence, per_sample(slope).square().sum(1), jacobian
         if self.trace == "hutchinson":
             slope, divergence = hutchinson_divergence(self.field, t, z, *noise)
         elif hasattr(self.field, "slope_and_divergence"):
@@ -272,6 +272,13 @@ class GatedSum(nn.Module):
 def _require_one_of(name, value, allowed):
     if value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _size(sample_shape) -> torch.Size:
+    shape = sample_shape if isinstance(sample_shape, (tuple, list)) else (sample_shape,)
+    for size in shape:
+        require_whole("every number in sample_shape", size, 0)
+    return torch.Size(shape)
 
 
 def _interval(t) -> tuple[float, float]:
