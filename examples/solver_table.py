@@ -43,11 +43,10 @@ def main():
     for method in EXPLICIT + IMPLICIT:
         for gradient in GRADIENTS:
             nets = {f"{method}, {gradient}": net_of(method, gradient, args.seed)}
+            steps, batch = (1, 16) if args.quick else (200, 64)
             try:
-                [each] = compare(args, nets, train, test, *((1, 16) if args.quick else (70, 64)), rate=7e-3)
-            except (
-                flashode.SolveError
-            ) as error:  # the equations of an implicit step may have no solution near by
+                [each] = compare(args, nets, train, test, steps, batch, rate=7e-3)
+            except flashode.SolveError as error:  # the equations of an implicit step may have no solution
                 print(f"{method}, {gradient}: {error}")
                 continue
             trained[method, gradient] = each
@@ -65,11 +64,9 @@ def net_of(method, gradient, seed):
     torch.manual_seed(seed)
     net = small_stem(RKNet(STEPS, channels=CHANNELS), CHANNELS)
     options = None if method == "fehlberg45" else {"step_size": 1 / STEPS}
-    field = ConvField(CHANNELS, norm=None, activation="tanh")  # smooth, for Newton's method
-    net.body = ODEBlock(field, method=method, options=options, adjoint=GRADIENTS[gradient])
-    net.head = nn.Sequential(
-        nn.Flatten(), nn.Linear(16 * CHANNELS, 10)
-    )  # means would leave too little of 16 channels
+    net.body = ODEBlock(ConvField(CHANNELS), method=method, options=options, adjoint=GRADIENTS[gradient])
+    # Of all pixels: means over the image would leave too little of 16 channels.
+    net.head = nn.Sequential(nn.Flatten(), nn.Linear(16 * CHANNELS, 10))
     return net
 
 
