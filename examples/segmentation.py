@@ -6,7 +6,7 @@ Cityscapes, with --data DIR, as published or as pairs of images. Two UNets, alik
   NeuralODE-UNet  one ODE on each level, solved by Euler's method with dt = 0.5: two steps with the same weights.
 
 Both are trained alike, for 14 epochs as published, by cross entropy plus one minus a soft Dice coefficient, in which
-rare classes count as much as frequent ones; synthetic scenes with two seeds each.
+rare classes count as much as frequent ones. On synthetic scenes each net is trained with two seeds.
 
 Right answer. The ODEs are about as good: published on Cityscapes are a Dice coefficient of 0.836 against 0.851, and
 an IoU of 0.719 against 0.742. Both are averages over the classes: with A the pixels that a model gives to a class and

@@ -10,6 +10,7 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -164,6 +165,9 @@ def _made_by(args) -> dict[str, str]:
     return {"program": _program()} | given
 
 
+_STRANGE = "is no checkpoint of an example: give the .pt file that an interrupted run names"
+
+
 def _checkpoint(args) -> dict:
     """The trainings in the file ``args.resume``, by name."""
     try:
@@ -173,10 +177,7 @@ def _checkpoint(args) -> dict:
     except Exception:  # whatever torch and pickle make of bytes that are not theirs
         sys.exit(f"{_program()}: {args.resume} {_damage(args.resume)}")
     if not isinstance(saved, dict) or set(saved) != {"made by", "trained"}:
-        sys.exit(
-            f"{_program()}: {args.resume} is no checkpoint of an example, though torch.save wrote it: give the .pt file "
-            "that an interrupted run names"
-        )
+        sys.exit(f"{_program()}: {args.resume} {_STRANGE}")
     then, now = saved["made by"], _made_by(args)
     if then["program"] != now["program"]:
         sys.exit(f"{_program()}: {args.resume} is a checkpoint of {then['program']}: resume that with it")
@@ -194,9 +195,9 @@ def _damage(path: Path) -> str:
     content = path.read_bytes()
     if not content:
         return "is empty, and no checkpoint"
-    if content.startswith(b"PK"):  # an archive, as torch.save writes it
+    if content.startswith(b"PK") and not zipfile.is_zipfile(path):  # an archive, as torch.save writes it
         return f"is damaged: of a checkpoint only {len(content):,} bytes are there, or some were changed"
-    return "is no checkpoint: torch.save did not write it"
+    return _STRANGE
 
 
 def _without_resume(words: list[str]) -> list[str]:

@@ -180,3 +180,32 @@ def test_states_of_16_bits_are_refused_without_autocast():
     start = torch.ones(3, 2).bfloat16()
     with pytest.raises(ArgumentError, match=r"bfloat16 states; solve from y0.float\(\)"):
         flashode.odeint(flashode.compile(lambda t, y: -y), start, T, method="rk4")
+
+
+def test_a_captured_tensor_of_16_bits_gets_its_gradient_under_autocast():
+    def solve(func):
+        weight = torch.full((2, 2), 0.5, requires_grad=True)
+        with bfloat16():
+            rate = torch.ones(3, 2) @ weight  # as a layer before the solve returns it
+            y = flashode.odeint(func(rate), torch.ones(3, 2), torch.tensor([0.0, 1.0]))
+        y.sum().backward()
+        return y, weight.grad
+
+    ys, grad = solve(lambda rate: flashode.compile(lambda t, y: -y * rate))
+    want, of_weight = solve(lambda rate: lambda t, y: -y * rate.float())
+    assert torch.allclose(ys, want, atol=1e-5)
+    assert torch.allclose(grad, of_weight, rtol=2e-2)
+
+
+def test_a_start_on_the_meta_device_is_refused_as_by_a_called_field():
+    with pytest.raises(NotImplementedError, match="meta"):
+        flashode.odeint(
+            flashode.compile(lambda t, y: -y), torch.ones(2, device="meta"), torch.tensor([0.0, 1.0])
+        )
+
+
+def test_explain_and_solve_agree_under_autocast():
+    y = {"a": torch.ones(2)}
+    with bfloat16():
+        said = flashode.explain(flashode.compile(lambda t, y: {"a": -y["a"]}), y, torch.tensor([0.0, 1.0]))
+    assert said.startswith("dopri5 on the ") and "compiled: declines" in said

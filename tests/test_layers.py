@@ -22,6 +22,7 @@ LAYERS = [
     ["augmented"],
     ["solution"],
     ["engines/element", "engines/clock", "engines/krylov"],
+    ["engines/linearised"],
     ["engines/stages"],
     ["batched", "dense", "engines/reference_events"],
     ["program/ir", "program/operations", "program/call", "program/tables", "program/layout", "program/build"],

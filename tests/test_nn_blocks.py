@@ -5,12 +5,14 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import flashode
 from flashode import ArgumentError, ArgumentTypeError, odeint
+from flashode.datasets import moons
 from flashode.nn import (
     ConcatConv2d,
     ConcatLinear,
@@ -413,3 +415,10 @@ def test_sizes_of_fields_are_whole_numbers(size):
             make(size)
     with pytest.raises(ArgumentTypeError, match="activation is the class Tanh; give an instance"):
         MLPField(2, activation=nn.Tanh)
+
+
+def test_sizes_may_be_numpys():
+    four = np.int64(4)
+    field = MLPField(four, hidden=list(np.array([3, 3])))
+    assert field(torch.tensor(0.0), torch.zeros(2, 4)).shape == (2, 4)
+    assert moons(four)[0].shape == (4, 2)

@@ -355,12 +355,16 @@ def odeint_event(func, y0, t0, *, event_fn, reverse_time=False, odeint_interface
     return result if index < 0 else event_gradients.attach(problem, inquiry.events, index, *result)
 
 
-@apart_from_autocast
 def explain(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, args=()) -> str:
     """Which engine ``engine="auto"`` takes for a call, and why the others decline; nothing is solved."""
     tree = Tree.of(y0)
     if tree is not None:
         func, y0, rtol, atol, options, event_fn = _of_tuples(tree, func, y0, rtol, atol, options, event_fn)
+    return _explained(func, y0, t, rtol, atol, method, options, event_fn, args=args)
+
+
+@apart_from_autocast
+def _explained(func, y0, t, rtol, atol, method, options, event_fn, *, args):
     per_sample = batched.asked_for(options)
     kind, engines = (batched.BatchProblem, BATCH_ENGINES) if per_sample else (Problem, ENGINES)
     problem = kind.from_call(func, y0, t, rtol, atol, method, options, event_fn, args)

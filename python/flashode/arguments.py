@@ -300,8 +300,8 @@ def real_number(value) -> float | None:
 
 
 def require_whole(name, value, least=1):
-    """Refuses what is no number of things: sizes and counts, as far as torch counts."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Refuses what is no size or count that torch can hold: an int from ``least`` to 2**63 - 1, of NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentTypeError(
             f"{name} must be an int, a whole number of {least} or more, got {kind_of(value)}"
         )

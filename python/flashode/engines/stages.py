@@ -20,19 +20,14 @@ import torch
 from .. import transforms
 from ..errors import ArgumentError
 from .element import combine, weighted_sum, wide
-from .krylov import Inverse, gmres
+from .linearised import DenseMatrix, FreeMatrix, Jacobian, Products, Zero, reaches_beyond
 
 # Up to so many unknowns the Jacobian is a matrix, and factorised. Beyond, only products with it are made.
 DENSE_LIMIT = 1024
-# Rows of the Jacobian computed at a time.
-_ROWS = 256
 # A part so short of a step of Newton's method is taken wherever it leads: places without a tangent have to be crossed.
-_SHORTEST = 1 / 256
+_SHORTEST = 1 / 64
 # The error that Newton's method may leave, in tolerances (HW IV.8 takes 0.01 to 0.1).
 _KAPPA = 0.03
-# Part of the residual that GMRES leaves in an iteration of Newton's method: with 0.001 there are up to a fifth fewer
-# iterations, and up to twice the products.
-_FORCING = 0.03
 _UNDIFFERENTIABLE = (
     "method={!r} solves for its stages by derivatives of func, and what func returned has none in y: its graph "
     "was cut (no_grad, detach, NumPy, .item()); write func in differentiable operations of torch, or take an "
@@ -138,12 +133,15 @@ class Stages:
 
         Of a step that leads further away a part is taken. It is judged by the matrix of where it begins: whether
         the step that this matrix would make next is the shorter (the natural monotonicity test of Deuflhard,
-        *Newton Methods for Nonlinear Problems*, 2004, 3.3). One of a matrix made anew tells nothing, for steps get
-        long on the way to a solution too.
+        *Newton Methods for Nonlinear Problems*, 2004, 3.3). The step of a new matrix cannot judge: such steps may
+        get longer on the way to a solution.
         """
         base = step = None  # the iterate before, and the way from it, of which this part is taken
         last, part, theta, eta = math.inf, 1.0, 0.0, 1.0
-        age, renews = 1, self.linear is None  # of the matrix at base, in iterates
+        age, renews = (
+            1,
+            self.linear is None,
+        )  # iterates since the matrix was made; one from another stage is old
         for _ in range(self.run.p.max_iters):
             values, linear = equations.slopes(K, renews)
             exact = self.repeatable or equations.wants_graph
@@ -157,7 +155,7 @@ class Stages:
                 if finite and length <= rounding:
                     return K
                 if age:  # once more from base, with the matrix of that place
-                    K, base, last, part, renews = base, None, math.inf, 1.0, True
+                    K, base, last, part, theta, eta, renews = base, None, math.inf, 1.0, 0.0, 1.0, True
                     continue
                 shorter = part / 2
                 if finite:
@@ -166,16 +164,19 @@ class Stages:
                 part, renews = shorter, True
                 K = base + part * step
                 continue
-            if base is not None:
-                theta = length / last
-                eta = theta / (1 - theta) if theta < 1 else 1.0
             age += 1
+            theta = length / last if base is not None else 0.0
             if renews:
                 self.linear, age = linear, 0
                 change = self.matrix_for(equations).solve(values - K)
                 length, enough, rounding = self.lengths(equations, K, change, exact)
                 if not math.isfinite(length):  # there is no tangent to follow
                     raise Unsolved(math.inf)
+                theta = max(theta, length / last)
+            if base is not None:
+                if exact:  # a matrix from beyond a kink of a stiff field makes little of any residual
+                    theta = max(theta, torch.finfo(equations.like.dtype).eps ** 0.4)
+                eta = theta / (1 - theta) if theta < 1 else 1.0
             if eta * length <= enough or (theta > 0.3 and length <= rounding and age < 2):
                 return K + change
             renews = eta * length * theta**2 > enough  # more than two iterations to come
@@ -274,7 +275,7 @@ class Equations:
                 self.explain_refusal(error)
                 raise
             real = to_real(value)
-            self.wants_graph |= recorded and _reaches_beyond(real, y)
+            self.wants_graph |= recorded and reaches_beyond(real, y)
             return value, self.tangent(i, real, y)
 
     def explain_refusal(self, error):
@@ -316,8 +317,10 @@ class Equations:
     def corrected(self, K):
         """``K`` with its graph, exact for first and second derivatives.
 
-        A step of Newton's method with the exact matrix, held constant, has the value of the solution and its
-        first derivative, by the implicit function theorem; a second step has the second derivative too.
+        A step of Newton's method from the solution, with the exact matrix held constant, has no length, and the
+        first derivative of the solution, by the implicit function theorem; a second step has the second one too.
+        They are as exact as ``K`` is. Without second derivatives the first step is never gone back through, and its
+        graph stays as long as that of the solve does.
         """
         matrix = None
         for _ in range(2):
@@ -367,131 +370,3 @@ class _ForSecondDerivatives(torch.autograd.Function):
     def backward(ctx, g):
         ctx.is_open |= torch.is_grad_enabled()
         return g if ctx.is_open else None
-
-
-# ---- linearisations of the field at one state ------------------------------------------------
-
-
-class Zero:
-    """Of a field that does not depend on y."""
-
-    def __init__(self, y):
-        self.matrix = y.new_zeros(()).expand(len(y), len(y))
-
-    def product(self, v):
-        return torch.zeros_like(v)
-
-    transposed_product = product
-
-
-class Jacobian:
-    """All of it, from as many vector-Jacobian products as it has rows."""
-
-    def __init__(self, matrix):
-        self.matrix = matrix
-
-    @staticmethod
-    def of(value, y):
-        """None where y is not behind value."""
-        if not len(y):
-            return Jacobian(y.new_zeros(0, 0))
-        rows = []
-        for cotangents in torch.eye(len(y), dtype=y.dtype, device=y.device).split(_ROWS):
-            try:
-                row = _vjp(value, y, cotangents, is_grads_batched=True)
-            except RuntimeError:  # an operation of the field's has no rule for batches
-                found = [_vjp(value, y, cotangent) for cotangent in cotangents]
-                row = None if found[0] is None else torch.stack(found)
-            if row is None:
-                return None
-            rows.append(row)
-        return Jacobian(torch.cat(rows))
-
-
-class Products:
-    """Products with it and its transpose. The transposed product is linear in the cotangent: the transpose
-    of that map, by differentiating it in turn, is the product itself."""
-
-    def __init__(self, value, y, cotangent, pulled_back):
-        self.value, self.y, self.cotangent, self.pulled_back = value, y, cotangent, pulled_back
-
-    @staticmethod
-    def of(value, y):
-        """None where y is not behind value."""
-        with torch.inference_mode(False), torch.enable_grad():
-            cotangent = torch.zeros_like(value).requires_grad_()
-            pulled_back = _vjp(value, y, cotangent, create_graph=True)
-        return None if pulled_back is None else Products(value, y, cotangent, pulled_back)
-
-    def product(self, v):
-        moved = _vjp(self.pulled_back, self.cotangent, v) if self.pulled_back.requires_grad else None
-        return torch.zeros_like(v) if moved is None else moved
-
-    def transposed_product(self, w):
-        return _vjp(self.value, self.y, w)
-
-
-def _vjp(value, y, cotangent, **how):
-    (product,) = torch.autograd.grad(value, y, cotangent, retain_graph=True, allow_unused=True, **how)
-    return product
-
-
-def _reaches_beyond(value, y) -> bool:
-    """Whether the graph of ``value`` ends in another tensor than ``y`` that requires grad."""
-    stack, seen = [value.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", y) is not y:
-            return True
-        stack += [after for after, _ in node.next_functions]
-    return False
-
-
-# ---- the matrix of Newton's method -----------------------------------------------------------
-
-
-class DenseMatrix:
-    """``I - dt A x J``, factorised."""
-
-    def __init__(self, linear, steps):
-        m, n = len(steps), linear[0].matrix.shape[-1]
-        jacobians = torch.stack([tangent.matrix for tangent in linear]).expand(m, n, n)
-        blocks = -steps[:, :, None, None] * jacobians[:, None]
-        matrix = torch.eye(m * n, dtype=steps.dtype, device=steps.device)
-        matrix = matrix + blocks.transpose(1, 2).reshape(m * n, m * n)
-        self.factors = torch.linalg.lu_factor_ex(matrix)[:2]
-
-    def solve(self, b):
-        return torch.linalg.lu_solve(*self.factors, b.reshape(-1, 1)).reshape(b.shape)
-
-    def transposed_inverse(self, g):
-        """Differentiable in ``g``."""
-        return torch.linalg.lu_solve(*self.factors, g.reshape(-1, 1), adjoint=True).reshape(g.shape)
-
-
-class FreeMatrix:
-    """``I - dt A x J`` as products."""
-
-    def __init__(self, linear, steps):
-        self.linear, self.steps = linear * len(steps) if len(linear) == 1 else linear, steps
-
-    def product(self, flat):
-        x = flat.reshape(len(self.steps), -1)
-        moved = [tangent.product(v) for tangent, v in zip(self.linear, self.steps @ x)]
-        return (x - torch.stack(moved)).reshape(-1)
-
-    def transposed_product(self, flat):
-        w = flat.reshape(len(self.steps), -1)
-        pulled = torch.stack([tangent.transposed_product(v) for tangent, v in zip(self.linear, w)])
-        return (w - self.steps.T @ pulled).reshape(-1)
-
-    def solve(self, b):
-        """To the part of the residual that Newton's method needs."""
-        return gmres(self.product, b.reshape(-1), _FORCING)[0].reshape(b.shape)
-
-    def transposed_inverse(self, g):
-        """To rounding, differentiable in ``g``."""
-        return Inverse.apply(g.reshape(-1), self, True).reshape(g.shape)

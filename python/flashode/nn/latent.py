@@ -31,7 +31,7 @@ class LatentODE(nn.Module):
             `flashode.compile`, which makes a solve with gradients some 20 times as fast.
         decoder: Module from (..., latent) to (..., D).
         t0: time of the latent start, not later than any observation.
-        noise: standard deviation of the observations.
+        noise: standard deviation of the observations; a Parameter is learned.
         method, rtol, atol: of the solves; an adaptive explicit method.
 
     Times are Tensors of shape (T,), for all samples, or (B, T), ascending along T; equal ones may follow
@@ -46,7 +46,8 @@ class LatentODE(nn.Module):
 
     def __init__(self, encoder, field, decoder, *, t0=0.0, noise=0.1, method="dopri5", rtol=1e-3, atol=1e-4):
         super().__init__()
-        require_number("noise", noise, "a standard deviation")
+        if not isinstance(noise, torch.Tensor):
+            require_number("noise", noise, "a standard deviation")
         if real_number(t0) is None or not math.isfinite(real_number(t0)):
             raise ArgumentError(f"t0 must be a finite number, a time, got {kind_of(t0)}")
         self.encoder, self.field, self.decoder = encoder, field, decoder

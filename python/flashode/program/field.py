@@ -73,15 +73,16 @@ def compile(func) -> CompiledField:
 
 
 def apart_from_autocast(solve):
-    """``solve(func, y0, ...)``, for which torch.autocast is off where a program is to solve: that computes in float32 or
-    float64. A state, and ``args``, of 16 bits become float32, as autocast has it for functions that need the range."""
+    """``solve(func, y0, ...)`` without torch.autocast where a program is to solve, which computes in float32 or
+    float64: autocast is off, and states and ``args`` of 16 bits become float32. ``engine`` and ``args`` are keywords.
+    """
 
     @functools.wraps(solve)
     def called(func, y0, *rest, **named):
         if not isinstance(func, CompiledField) or named.get("engine", "auto") not in ("auto", "compiled"):
             return solve(func, y0, *rest, **named)
         device = next((x.device.type for x in tree_leaves(y0) if isinstance(x, torch.Tensor)), "cpu")
-        if not torch.is_autocast_enabled(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return solve(func, y0, *rest, **named)
         y0, named["args"] = tree_map(_in_float32, (y0, named.get("args", ())))
         with torch.autocast(device, enabled=False):
