@@ -91,7 +91,7 @@ def draw(figure, trained, test, names):
     axes.set(title="Test error by class", xlabel="%", yticks=range(len(names)), yticklabels=names)
     axes.invert_yaxis()
     axes.set_xlim(right=1.4 * axes.get_xlim()[1])
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     row = [grid[1, column] for column in range(10)]
     draw_wrong(
         figure,
