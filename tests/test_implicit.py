@@ -325,6 +325,27 @@ def test_newton_crosses_places_without_a_tangent():
     assert left < 1e-10
 
 
+def test_a_matrix_from_beyond_a_kink_is_not_believed():
+    # The old matrix makes 1/2000 of the residual, and 1/2000 of that: below rounding, and far from y1 = -1.
+    end, left = one_step(lambda t, y: -2e3 * torch.relu(y) - 2, torch.ones(1), 1.0)
+    assert left < 1e-6 and abs(end + 1) < 1e-6
+
+
+def test_the_step_of_a_new_matrix_is_not_judged_by_the_contraction_of_an_old_one():
+    s, r = 1e4, torch.relu
+
+    def field(t, y):  # steep, then flat at 1.01, with a solution at 1.1125
+        left = -(1.001 * s + 0.03) + 2 * s * y - s * r(y - 1e-3) - (s - 1) * r(y - 1) - 0.8 * r(y - 1.01)
+        return y - left
+
+    try:
+        end, _ = one_step(field, torch.zeros(1), 1.0)
+    except SolveError as error:
+        assert error.reason == Status.NONCONVERGENCE
+    else:
+        assert abs(end - 1.1125) < 1e-2  # 1.0298 was taken for it
+
+
 def test_recording_changes_no_value(monkeypatch):
     for limit in (0, 1000):
         monkeypatch.setattr(stages, "DENSE_LIMIT", limit)
