@@ -289,3 +289,8 @@ def test_a_seed_has_64_bits(seed):
             step_size=0.5,
             generator=seed,
         )
+
+
+def test_steps_without_end_are_refused():
+    with pytest.raises(ArgumentError, match="step_size = 1e-300 asks for 1e[+]300 steps"):
+        sdeint(growth, growing_noise, torch.ones(1, dtype=F64), ENDS, step_size=1e-300)

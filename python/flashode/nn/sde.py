@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ArgumentError, ArgumentTypeError
 from ..arguments import kind_of, require_number
 
+MOST_STEPS = 10**8  # their ends are kept
 METHODS = ("euler_maruyama", "milstein")
 
 
@@ -160,9 +161,13 @@ def _checked_times(t, step_size):
             f"t must be finite and strictly increasing: Ito's integral runs forwards, got {times}"
         )
     require_number("step_size", step_size, "the length of a step")
+    steps = (times[-1] - times[0]) / step_size
+    if steps > MOST_STEPS:
+        raise ArgumentError(
+            f"step_size = {step_size} asks for {steps:.3g} steps; at most {MOST_STEPS:.0e} are possible"
+        )
     # A quotient that is whole up to rounding must not add a step of no length.
-    steps = math.ceil((times[-1] - times[0]) / step_size * (1 - 1e-9))
-    ends = [times[0] + number * step_size for number in range(steps)]
+    ends = [times[0] + number * step_size for number in range(math.ceil(steps * (1 - 1e-9)))]
     return times, [*ends, times[-1]]
 
 
