@@ -66,7 +66,7 @@ def example(tmp_path):
     def run(name, *args):
         script = Path(__file__).resolve().parent.parent / "examples" / name
         command = [sys.executable, script, *args]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
 
     return run
 

@@ -1,8 +1,6 @@
 """examples/cifar.py: on synthetic images, which it says, and its augmentation."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,8 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(folder, *args):
-    command = [sys.executable, EXAMPLES / "cifar.py", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def test_cifar_says_that_its_images_are_synthetic(tmp_path):
-    done = run(tmp_path, "--quick")
+def test_cifar_says_that_its_images_are_synthetic(example, tmp_path):
+    done = example("cifar.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SYNTHETIC images of shapes, not CIFAR-10")
     assert re.findall(r"^(\S+) +[\d.]+ +(\d+),", done.stdout, re.M) == [
@@ -29,8 +22,8 @@ def test_cifar_says_that_its_images_are_synthetic(tmp_path):
     assert (tmp_path / "out" / "cifar.png").stat().st_size > 20_000
 
 
-def test_cifar_ends_with_one_line_without_its_files(tmp_path):
-    done = run(tmp_path, "--data", str(tmp_path))
+def test_cifar_ends_with_one_line_without_its_files(example, tmp_path):
+    done = example("cifar.py", "--data", str(tmp_path))
     assert done.returncode == 1
     assert re.match(r"cifar.py: .*data_batch_1: no such file. CIFAR-10 is the files .*\n$", done.stderr)
 

@@ -1,8 +1,6 @@
 """examples/segmentation.py: on synthetic scenes and on pairs of images, and its two figures of overlap."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,8 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(folder, *args):
-    command = [sys.executable, EXAMPLES / "segmentation.py", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def test_segmentation_compares_two_paths_and_draws(tmp_path):
-    done = run(tmp_path, "--quick")
+def test_segmentation_compares_two_paths_and_draws(example, tmp_path):
+    done = example("segmentation.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SYNTHETIC street scenes, not Cityscapes")
     rows = re.findall(r"^(\w+-UNet) +(\d) +([\d.]+) +([\d.]+)", done.stdout, re.M)
@@ -29,7 +22,7 @@ def test_segmentation_compares_two_paths_and_draws(tmp_path):
     assert (tmp_path / "out" / "segmentation.png").stat().st_size > 20_000
 
 
-def test_segmentation_reads_pairs_of_images(tmp_path):
+def test_segmentation_reads_pairs_of_images(example, tmp_path):
     Image = pytest.importorskip("PIL.Image")
     for split, n in (("train", 6), ("val", 5)):
         (tmp_path / split).mkdir()
@@ -39,13 +32,13 @@ def test_segmentation_reads_pairs_of_images(tmp_path):
             both.paste((111, 74, 0), (32, 28, 64, 32))  # what counts for nothing
             both.paste((0, 0, 142), (40, 4, 50, 9))  # a car
             both.save(tmp_path / split / f"{i}.png")
-    done = run(tmp_path, "--quick", "--data", ".")
+    done = example("segmentation.py", "--quick", "--data", ".")
     assert done.returncode == 0, done.stderr
     assert "Cityscapes from .: 6 scenes to train on, 5 to test on" in done.stdout
 
 
-def test_segmentation_ends_with_one_line_without_its_files(tmp_path):
-    done = run(tmp_path, "--data", str(tmp_path))
+def test_segmentation_ends_with_one_line_without_its_files(example, tmp_path):
+    done = example("segmentation.py", "--data", str(tmp_path))
     assert done.returncode == 1
     assert re.match(r"segmentation.py: .*: no images of train found. Cityscapes is .*\n$", done.stderr)
 
@@ -92,8 +85,8 @@ def test_the_loss_is_that_of_its_definition_and_sees_nothing_of_void(segmentatio
     torch.testing.assert_close(segmentation.loss_of(scores, labels), entropy + 1 - dice)
 
 
-def test_learning_rates_are_compared_on_scenes_held_out(tmp_path):
-    done = run(tmp_path, "--quick", "--rates", "1e-3", "0.01")
+def test_learning_rates_are_compared_on_scenes_held_out(example):
+    done = example("segmentation.py", "--quick", "--rates", "1e-3", "0.01")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^ *(0.\d+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
     assert [rate for rate, *_ in rows] == ["0.001", "0.01"] and "Dice" not in done.stdout

@@ -1,19 +1,14 @@
 """examples/solver_table.py: every solver with every gradient, in a process of its own."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("sklearn")
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def test_every_solver_is_trained_with_every_gradient(tmp_path):
-    command = [sys.executable, EXAMPLES / "solver_table.py", "--quick"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+def test_every_solver_is_trained_with_every_gradient(example, tmp_path):
+    done = example("solver_table.py", "--quick")
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^(\w+) +(direct|backsolve|checkpoint) +([\d.]+)", done.stdout, re.M)
     errors = {(method, gradient): float(error) for method, gradient, error in found}

@@ -68,7 +68,7 @@ def shapes(n: int, size: int = 32, generator: torch.Generator | None = None) -> 
     Raises:
         ArgumentError, ArgumentTypeError: an argument cannot be used.
     """
-    _require(n, size, 8, generator)
+    _require_draw(n, size, 8, generator)
 
     def between(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
@@ -110,7 +110,7 @@ def _insides(u, v):
     )
 
 
-def _require(n, size, least, generator):
+def _require_draw(n, size, least, generator):
     require_whole("n", n)
     require_whole("size", size, least)
     require_generator(generator)
@@ -143,7 +143,7 @@ def scenes(
         raise ArgumentError(
             f"classes must be different ones of {SCENE_CLASSES}, 'sky' among them, got {classes}"
         )
-    _require(n, size, 16, generator)
+    _require_draw(n, size, 16, generator)
     drawn = [_Scene(size, classes, generator).draw() for _ in range(n)]
     return Labelled(torch.stack([s.image for s in drawn]), torch.stack([s.labels for s in drawn]))
 

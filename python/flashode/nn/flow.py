@@ -161,11 +161,9 @@ class CNF(nn.Module, Distribution):
 
     def _carried(self, y, begin, end):
         flat = self._flat(y)
-        return (
-            y
-            if begin == end or not len(flat)
-            else self._solved(self.field, flat, begin, end).reshape(y.shape)
-        )
+        if begin == end or not len(flat):
+            return y
+        return self._solved(self.field, flat, begin, end).reshape(y.shape)
 
     def _solved(self, func, y0, begin, end, args=()):
         solver = dict(method=self.method, rtol=self.rtol, atol=self.atol, options=self.options, args=args)
