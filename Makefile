@@ -16,10 +16,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
+PARALLEL :=
 INSTALLED := build/installed-$(shell $(PY) -c 'import sys, importlib.metadata as m; \
 	print((sys.prefix + "-torch-" + m.version("torch")).strip("/").replace("/", "-").replace(" ", "-"))' 2>/dev/null)
 else
 PY := $(VENV)/bin/python
+# A process a core; ARGS="-n 0" for one process, as debuggers want it.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 INSTALLED := $(VENV)/.installed
 endif
 
@@ -33,7 +36,7 @@ demo: $(INSTALLED)  ## fit a spiral with neural ODEs; writes out/spiral.png
 	$(PY) examples/spiral.py $(ARGS)
 
 test: $(INSTALLED)  ## run the tests against the installed package
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(INSTALLED)  ## time flashode against torchdiffeq
 	$(PY) bench/run.py $(ARGS)

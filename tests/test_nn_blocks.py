@@ -128,7 +128,7 @@ def test_mlp_field_without_hidden_layers_is_linear():
     torch.testing.assert_close(field(None, y), y @ field.layers[0].weight.T + field.layers[0].bias)
 
 
-@pytest.mark.parametrize("activation", ["softplus", torch.sin, nn.PReLU()], ids=str)
+@pytest.mark.parametrize("activation", ["softplus", torch.sin, nn.PReLU()], ids=["softplus", "sin", "PReLU"])
 def test_activations_are_names_functions_and_modules(activation):
     field = MLPField(2, (4,), activation=activation, time=None)
     act = nn.functional.softplus if activation == "softplus" else activation
