@@ -18,7 +18,7 @@ LAYERS = [
     ["arguments"],
     ["events"],
     ["options", "progress", "pytrees"],
-    ["problem"],
+    ["problem", "held"],
     ["augmented"],
     ["solution"],
     ["engines/element", "engines/clock", "engines/krylov"],

@@ -378,7 +378,7 @@ def test_the_default_dtype_is_no_part_of_a_solve(engine, dtype):
         found = []
         for state, net in nets.items():
             y0 = torch.linspace(-1, 1, 6, dtype=state).reshape(3, 2).requires_grad_()
-            t = T.to(state).requires_grad_()
+            t = T.to(state, copy=True).requires_grad_()
             inputs = [y0, t, *net.parameters()]
             for method, mode in SOLVES:
                 options = (

@@ -240,7 +240,8 @@ def odeint_adjoint(
       of `odeint`, to rounding. Memory grows with the number of steps as the state does, not as the
       graph of ``func`` does, and ``checkpoints`` bounds it.
 
-    ``func`` must not change between the solve and its backward pass, nor depend on chance.
+    ``func`` must not change between the solve and its backward pass, nor depend on chance. The
+    parameters that Modules had in the solve, as of `torch.func.functional_call`, are put back for it.
 
     Args:
         func, y0, t, rtol, atol, method, options, event_fn, engine: as for `odeint`.

@@ -13,6 +13,7 @@ import torch
 from .errors import ArgumentError
 from .events import Event, event_values
 from .first_only import first_only
+from .held import Held
 from .problem import Problem
 from .transforms import active
 
@@ -73,7 +74,7 @@ class _Crossing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, problem, events, index, t, value, *states):
-        ctx.asked = problem, events, index
+        ctx.asked, ctx.held = (problem, events, index), Held(problem.func, *(event.fn for event in events))
         ctx.save_for_backward(value, t, *states)
         return t.clone(), *(state.clone() for state in states)
 
@@ -81,7 +82,7 @@ class _Crossing(torch.autograd.Function):
     def backward(ctx, grad_t, *grad_states):
         problem, _, _ = ctx.asked
         value, t, *states = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), ctx.held.in_place():
             slopes = _slopes(problem, t, states)
             by_t = grad_t.double().cpu() + sum(
                 _products(g, f).sum().cpu() for g, f in zip(grad_states, slopes)

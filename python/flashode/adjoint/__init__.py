@@ -14,6 +14,7 @@ from ..augmented import Path
 from ..engines import ENGINES
 from ..errors import ArgumentError
 from ..first_only import first_only
+from ..held import Held
 from ..problem import Problem
 from ..progress import shown
 from ..solution import Solution, finish
@@ -77,7 +78,7 @@ class _Adjoint(torch.autograd.Function):
             ctx.origins = [
                 x.reshape(-1)[:0].clone() for x in (y0, t, grid) if x is not None and x.requires_grad
             ]
-        ctx.autocast = _autocast(problem.y0.device.type)
+        ctx.autocast, ctx.held = _autocast(problem.y0.device.type), Held(problem.func)
         given, polynomials = [None, None, None], []
         if isinstance(recording, Path):
             polynomials = recording.release()
@@ -99,7 +100,7 @@ class _Adjoint(torch.autograd.Function):
         record = Record(ctx.problem, ctx.spec, t, ys, tuple(params), ctx.engine, ctx.dt, steps)
         mode, with_graph = _MODES[ctx.spec.mode], torch.is_grad_enabled()
         _require_finite_gradients(t, grad_ys)
-        with torch.no_grad(), ctx.autocast():
+        with torch.no_grad(), ctx.autocast(), ctx.held.in_place():
             if with_graph and mode is checkpoint:
                 grads = checkpoint.differentiable_gradients(record, grad_ys, given)
             else:

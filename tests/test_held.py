@@ -1,0 +1,163 @@
+"""Parameters put in the place of a Module's own for one call get their gradients from a later backward pass."""
+
+import functools
+
+import pytest
+import torch
+from torch.func import functional_call
+
+import flashode
+from flashode.nn import CNF, MLPField, ODEBlock
+
+F64 = torch.float64
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+WAYS = {
+    "direct": flashode.odeint,
+    "backsolve": flashode.odeint_adjoint,
+    "restart": functools.partial(flashode.odeint_adjoint, adjoint_options={"restart": True}),
+    "interpolated": functools.partial(flashode.odeint_adjoint, adjoint="interpolated"),
+    "checkpoint": functools.partial(flashode.odeint_adjoint, adjoint="checkpoint"),
+}
+# Every program of a compiled field takes seconds to build, and is no different for what it is called by.
+FIELDS = {
+    "module": lambda net: (net, None),
+    "method": lambda net: (net.forward, tuple(net.parameters())),
+    "closure": lambda net: (lambda t, y: net(t, y), tuple(net.parameters())),
+    "partial": lambda net: (functools.partial(net, scale=1.0), tuple(net.parameters())),
+    "compiled": lambda net: (flashode.compile(net), None),
+}
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2, dtype=F64)
+
+    def forward(self, t, y, scale=1.0):
+        return scale * torch.tanh(self.linear(y))
+
+
+class Model(torch.nn.Module):
+    """From a state at time 0 to that at time 1."""
+
+    def __init__(self, way, field):
+        super().__init__()
+        self.net, self.way, self.field = Net(), way, field
+
+    def forward(self, y):
+        func, params = FIELDS[self.field](self.net)
+        listed = {} if params is None or self.way == "direct" else {"adjoint_params": params}
+        return WAYS[self.way](func, y, torch.tensor([0.0, 1.0], dtype=F64), **listed, **TIGHT)[-1]
+
+
+def replaced(module, factor=1.3):
+    """Tensors to take the place of a module's parameters, and what they were computed from."""
+    origins = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    return origins, {name: factor * x for name, x in origins.items()}
+
+
+def gradients_of_a_call(model, *inputs):
+    """To what stood behind the parameters during the call; the model has its own before and after."""
+    own = list(model.parameters())
+    origins, stand_ins = replaced(model)
+    value = functional_call(model, stand_ins, inputs).square().sum()
+    assert all(p is q for p, q in zip(model.parameters(), own))
+    value.backward()
+    assert all(p is q and p.grad is None for p, q in zip(model.parameters(), own))
+    return torch.cat([x.grad.reshape(-1) for x in origins.values()])
+
+
+def gradients_of_a_copy(model, *inputs):
+    """The same from a model whose own parameters have these values."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 1.3
+    value = model(*inputs).square().sum()
+    return 1.3 * torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_the_parameters_of_the_solve(way, field):
+    if field == "compiled" and way in ("interpolated", "restart"):
+        pytest.skip("programs of compiled fields have neither dense output nor fresh starts")
+    model, y = Model(way, field), torch.randn(3, 2, dtype=F64)
+    found = gradients_of_a_call(model, y)
+    torch.testing.assert_close(found, gradients_of_a_copy(model, y), rtol=1e-7, atol=1e-9)
+
+
+def test_second_derivatives_are_too():
+    y = torch.randn(3, 2, dtype=F64)
+    hessians = []
+    for way in ("direct", "checkpoint"):
+        torch.manual_seed(1)
+        model = Model(way, "module")
+        origins, stand_ins = replaced(model)
+        value = functional_call(model, stand_ins, (y,)).square().sum()
+        grads = torch.autograd.grad(value, list(origins.values()), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), list(origins.values()))
+        hessians.append(torch.cat([g.reshape(-1) for g in second]))
+    torch.testing.assert_close(*hessians, rtol=1e-7, atol=1e-9)
+
+
+def test_a_backward_pass_that_fails_leaves_a_module_its_own():
+    model, y = Model("checkpoint", "module"), torch.randn(3, 2, dtype=F64)
+    own = list(model.parameters())
+    value = functional_call(model, replaced(model)[1], (y,)).sum()
+
+    def refuse(t, y):
+        raise RuntimeError("called")
+
+    model.net.forward = refuse
+    with pytest.raises(RuntimeError, match="called"):
+        value.backward()
+    assert all(p is q for p, q in zip(model.parameters(), own))
+
+
+class Fall(torch.nn.Module):
+    """A ball under a gravity of its own, down to a ground of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gravity, self.ground = (torch.nn.Parameter(torch.tensor(x, dtype=F64)) for x in (-10.0, 1.0))
+
+    def forward(self, height):
+        y0 = torch.stack([height, torch.zeros_like(height)])
+        event_t, ys = flashode.odeint_event(
+            lambda t, y: torch.stack([y[1], self.gravity + 0 * y[1]]),
+            y0,
+            0.0,
+            event_fn=lambda t, y: y[0] - self.ground,
+            **TIGHT,
+        )
+        return torch.cat([event_t.reshape(1), ys[-1]])
+
+
+def test_events_move_with_the_parameters_of_the_solve():
+    model, height = Fall(), torch.tensor(6.0, dtype=F64)
+    found = gradients_of_a_call(model, height)
+    torch.testing.assert_close(found, gradients_of_a_copy(model, height), rtol=1e-7, atol=1e-9)
+
+
+class LogProb(torch.nn.Module):
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x):
+        return self.flow.log_prob(x)
+
+
+@pytest.mark.parametrize("adjoint", ["backsolve", "checkpoint"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda **how: ODEBlock(MLPField(2, (8,)).to(F64), **how),
+        lambda **how: LogProb(CNF(MLPField(2, (8,)).to(F64), **how)),
+    ],
+    ids=["block", "flow"],
+)
+def test_models_of_nn_are_called_with_other_parameters(model, adjoint):
+    model, y = model(adjoint=adjoint, **TIGHT), torch.randn(3, 2, dtype=F64)
+    found = gradients_of_a_call(model, y)
+    torch.testing.assert_close(found, gradients_of_a_copy(model, y), rtol=1e-7, atol=1e-9)
