@@ -22,7 +22,7 @@ INSTALLED := build/installed-$(shell $(PY) -c 'import sys, importlib.metadata as
 else
 PY := $(VENV)/bin/python
 # A process a core; ARGS="-n 0" for one process, as debuggers want it.
-PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 INSTALLED := $(VENV)/.installed
 endif
 

@@ -148,10 +148,12 @@ def main():
     model = Pendulum().to(device)
     report(model, args, train(model, args))
     if PROCESSES > 1:
-        # Threads of the group may still hold Tensors of Python's: while this one waits they can let go of them. Left
-        # to the end of Python, they would find it gone, and abort.
         dist.barrier()
         dist.destroy_process_group()
+        # Threads of gloo outlive the group (torch 2.13). One that still holds a Tensor of DistributedDataParallel's
+        # while Python is torn down aborts the process, now and then; so it is left without being torn down.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def parse():
