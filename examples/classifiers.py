@@ -114,10 +114,11 @@ def peak_memory(nets, images, labels, loss=cross_entropy) -> dict[str, float]:
     one thread, after a step of two images: activations and gradients of all kinds, those of the solver too.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc there gives memory back as soon as it is free
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flashode"])  # imported once for all processes, torch with it
     rises = {}
     for name, net in nets.items():
-        # Forked, before any other work, from a process that has imported torch.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        with ProcessPoolExecutor(1, context) as pool:
             rises[name] = pool.submit(_rise, net, images, labels, loss).result() / 2**20
     return rises
 
