@@ -10,6 +10,8 @@ import flashode
 from flashode.nn import CNF, MLPField, ODEBlock
 
 F64 = torch.float64
+T = torch.tensor([0.0, 1.0], dtype=F64)
+Y = torch.tensor([[0.5, -1.0], [0.2, 0.9], [-1.5, 0.3]], dtype=F64)
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 WAYS = {
     "direct": flashode.odeint,
@@ -33,7 +35,7 @@ class Net(torch.nn.Module):
         super().__init__()
         self.linear = torch.nn.Linear(2, 2, dtype=F64)
 
-    def forward(self, t, y, scale=1.0):
+    def forward(self, t, y, scale: float = 1.0):
         return scale * torch.tanh(self.linear(y))
 
 
@@ -47,13 +49,18 @@ class Model(torch.nn.Module):
     def forward(self, y):
         func, params = FIELDS[self.field](self.net)
         listed = {} if params is None or self.way == "direct" else {"adjoint_params": params}
-        return WAYS[self.way](func, y, torch.tensor([0.0, 1.0], dtype=F64), **listed, **TIGHT)[-1]
+        return WAYS[self.way](func, y, T, **listed, **TIGHT)[-1]
 
 
 def replaced(module, factor=1.3):
     """Tensors to take the place of a module's parameters, and what they were computed from."""
     origins = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
     return origins, {name: factor * x for name, x in origins.items()}
+
+
+def derivatives(ys, module):
+    grads = torch.autograd.grad(ys[-1].square().sum(), list(module.parameters()))
+    return torch.cat([g.reshape(-1) for g in grads])
 
 
 def gradients_of_a_call(model, *inputs):
@@ -81,19 +88,18 @@ def gradients_of_a_copy(model, *inputs):
 def test_gradients_are_those_of_the_parameters_of_the_solve(way, field):
     if field == "compiled" and way in ("interpolated", "restart"):
         pytest.skip("programs of compiled fields have neither dense output nor fresh starts")
-    model, y = Model(way, field), torch.randn(3, 2, dtype=F64)
-    found = gradients_of_a_call(model, y)
-    torch.testing.assert_close(found, gradients_of_a_copy(model, y), rtol=1e-7, atol=1e-9)
+    model = Model(way, field)
+    found = gradients_of_a_call(model, Y)
+    torch.testing.assert_close(found, gradients_of_a_copy(model, Y), rtol=1e-7, atol=1e-9)
 
 
 def test_second_derivatives_are_too():
-    y = torch.randn(3, 2, dtype=F64)
     hessians = []
     for way in ("direct", "checkpoint"):
         torch.manual_seed(1)
         model = Model(way, "module")
         origins, stand_ins = replaced(model)
-        value = functional_call(model, stand_ins, (y,)).square().sum()
+        value = functional_call(model, stand_ins, (Y,)).square().sum()
         grads = torch.autograd.grad(value, list(origins.values()), create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in grads), list(origins.values()))
         hessians.append(torch.cat([g.reshape(-1) for g in second]))
@@ -101,9 +107,9 @@ def test_second_derivatives_are_too():
 
 
 def test_a_backward_pass_that_fails_leaves_a_module_its_own():
-    model, y = Model("checkpoint", "module"), torch.randn(3, 2, dtype=F64)
+    model = Model("checkpoint", "module")
     own = list(model.parameters())
-    value = functional_call(model, replaced(model)[1], (y,)).sum()
+    value = functional_call(model, replaced(model)[1], (Y,)).sum()
 
     def refuse(t, y):
         raise RuntimeError("called")
@@ -112,6 +118,19 @@ def test_a_backward_pass_that_fails_leaves_a_module_its_own():
     with pytest.raises(RuntimeError, match="called"):
         value.backward()
     assert all(p is q for p, q in zip(model.parameters(), own))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "scripted", [torch.jit.script, lambda net: torch.jit.trace(net, (T[0], Y))], ids=["script", "trace"]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_scripts_keep_their_parameters_and_get_gradients(way, scripted):
+    net = Net()
+    expected = derivatives(WAYS["direct"](net, Y, T, **TIGHT), net)
+    script = scripted(net)
+    found = derivatives(WAYS[way](script, Y, T, **TIGHT), script)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
 class Fall(torch.nn.Module):
@@ -158,6 +177,6 @@ class LogProb(torch.nn.Module):
     ids=["block", "flow"],
 )
 def test_models_of_nn_are_called_with_other_parameters(model, adjoint):
-    model, y = model(adjoint=adjoint, **TIGHT), torch.randn(3, 2, dtype=F64)
-    found = gradients_of_a_call(model, y)
-    torch.testing.assert_close(found, gradients_of_a_copy(model, y), rtol=1e-7, atol=1e-9)
+    model = model(adjoint=adjoint, **TIGHT)
+    found = gradients_of_a_call(model, Y)
+    torch.testing.assert_close(found, gradients_of_a_copy(model, Y), rtol=1e-7, atol=1e-9)

@@ -27,6 +27,7 @@ class Held:
             (inner._parameters, name, parameter)
             for module in modules
             for inner in module.modules()
+            if isinstance(inner._parameters, dict)  # a ScriptModule's is none, and stays as it is
             for name, parameter in inner._parameters.items()
             if parameter is not None
         ]
