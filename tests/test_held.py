@@ -1,4 +1,4 @@
-"""Parameters put in the place of a Module's own for one call get their gradients from a later backward pass."""
+"""Tensors put in the place of a Module's own for one call are there in a later backward pass too."""
 
 import functools
 
@@ -34,9 +34,10 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(2, 2, dtype=F64)
+        self.register_buffer("gain", torch.tensor(0.8, dtype=F64))
 
     def forward(self, t, y, scale: float = 1.0):
-        return scale * torch.tanh(self.linear(y))
+        return scale * torch.tanh(self.gain * self.linear(y))
 
 
 class Model(torch.nn.Module):
@@ -53,9 +54,9 @@ class Model(torch.nn.Module):
 
 
 def replaced(module, factor=1.3):
-    """Tensors to take the place of a module's parameters, and what they were computed from."""
+    """What tensors were computed from that take the place of a module's parameters; these, and others for its buffers."""
     origins = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
-    return origins, {name: factor * x for name, x in origins.items()}
+    return origins, {name: factor * x for name, x in [*origins.items(), *module.named_buffers()]}
 
 
 def derivatives(ys, module):
@@ -77,8 +78,8 @@ def gradients_of_a_call(model, *inputs):
 def gradients_of_a_copy(model, *inputs):
     """The same from a model whose own parameters have these values."""
     with torch.no_grad():
-        for p in model.parameters():
-            p *= 1.3
+        for x in (*model.parameters(), *model.buffers()):
+            x *= 1.3
     value = model(*inputs).square().sum()
     return 1.3 * torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, list(model.parameters()))])
 

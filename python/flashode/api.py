@@ -241,7 +241,8 @@ def odeint_adjoint(
       graph of ``func`` does, and ``checkpoints`` bounds it.
 
     ``func`` must not change between the solve and its backward pass, nor depend on chance. The
-    parameters that Modules had in the solve, as of `torch.func.functional_call`, are put back for it.
+    parameters and buffers that Modules had in the solve, as of `torch.func.functional_call`, are put
+    back for it.
 
     Args:
         func, y0, t, rtol, atol, method, options, event_fn, engine: as for `odeint`.

@@ -1,7 +1,7 @@
-"""The parameters that a function was called with in a solve, held for calls of it in a backward pass.
+"""The parameters and buffers that a function was called with in a solve, held for a backward pass.
 
-`torch.func.functional_call` puts other tensors in the places of a Module's parameters while it is called.
-A backward pass that comes later would call the field with the Module's own.
+`torch.func.functional_call` puts other tensors in the places of a Module's own while it is called. A backward
+pass that comes later would call the field with the Module's own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class Held:
-    """The parameters that the Modules behind some functions have now.
+    """The parameters and buffers that the Modules behind some functions have now.
 
     Behind a function are itself, the object that it is a method of, what it closes over, and what a
     ``functools.partial`` calls: where a Module is one of these.
@@ -24,29 +24,30 @@ class Held:
     def __init__(self, *functions):
         modules = (module for function in functions for module in _modules(function))
         self.places = [
-            (inner._parameters, name, parameter)
+            (members, name, tensor)
             for module in modules
             for inner in module.modules()
-            if isinstance(inner._parameters, dict)  # a ScriptModule's is none, and stays as it is
-            for name, parameter in inner._parameters.items()
-            if parameter is not None
+            for members in (inner._parameters, inner._buffers)
+            if isinstance(members, dict)  # those of a ScriptModule are none, and stay as they are
+            for name, tensor in members.items()
+            if tensor is not None
         ]
 
     @contextlib.contextmanager
     def in_place(self):
         """Has them where they were, and in the end what is there now."""
         moved = [
-            (parameters, name, parameters[name], held)
-            for parameters, name, held in self.places
-            if parameters.get(name, held) is not held
+            (members, name, members[name], held)
+            for members, name, held in self.places
+            if members.get(name, held) is not held
         ]
-        for parameters, name, _, held in moved:
-            parameters[name] = held
+        for members, name, _, held in moved:
+            members[name] = held
         try:
             yield
         finally:
-            for parameters, name, later, _ in moved:
-                parameters[name] = later
+            for members, name, later, _ in moved:
+                members[name] = later
 
 
 def _modules(function):
