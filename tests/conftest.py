@@ -1,6 +1,7 @@
 """Options and fixtures that all tests share."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Tests of threads ask for them; elsewhere, small tensors on busy cores only wait for each other.
     torch.set_num_threads(1)
+    # What a script starts in the background ignores Ctrl-C, and so would the processes of tests that send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "FLASHODE_CACHE" not in os.environ:  # name one to keep compiled fields from run to run
         config.programs = tempfile.TemporaryDirectory(prefix="flashode-")
         os.environ["FLASHODE_CACHE"] = config.programs.name

@@ -464,7 +464,7 @@ def test_ctrl_c_ends_a_long_solve():
     began = time.perf_counter()
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        odeint(field, y0, t * 1e6, options={"max_num_steps": 2**31 - 1})
+        odeint(field, y0, t * 1e6, options={"max_num_steps": 10**8})  # a minute's
     assert time.perf_counter() - began < 20
 
 
