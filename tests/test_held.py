@@ -134,22 +134,34 @@ def test_scripts_keep_their_parameters_and_get_gradients(way, scripted):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
+class Gravity(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.strength = torch.nn.Parameter(torch.tensor(-10.0, dtype=F64))
+
+    def forward(self, t, y):
+        return torch.stack([y[1], self.strength + 0 * y[1]])
+
+
+class Ground(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.height, self.unit = (torch.nn.Parameter(torch.tensor(x, dtype=F64)) for x in (1.0, 0.5))
+
+    def forward(self, t, y):
+        return (y[0] - self.height) / self.unit
+
+
 class Fall(torch.nn.Module):
-    """A ball under a gravity of its own, down to a ground of its own."""
+    """When and how fast a ball comes down to the ground."""
 
     def __init__(self):
         super().__init__()
-        self.gravity, self.ground = (torch.nn.Parameter(torch.tensor(x, dtype=F64)) for x in (-10.0, 1.0))
+        self.gravity, self.ground = Gravity(), Ground()
 
     def forward(self, height):
         y0 = torch.stack([height, torch.zeros_like(height)])
-        event_t, ys = flashode.odeint_event(
-            lambda t, y: torch.stack([y[1], self.gravity + 0 * y[1]]),
-            y0,
-            0.0,
-            event_fn=lambda t, y: y[0] - self.ground,
-            **TIGHT,
-        )
+        event_t, ys = flashode.odeint_event(self.gravity, y0, 0.0, event_fn=self.ground, **TIGHT)
         return torch.cat([event_t.reshape(1), ys[-1]])
 
 
